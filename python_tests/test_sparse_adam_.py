@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cases import DTYPES, strided_views
+from sparsegrad_kernels.ops import sparse_adam_, topk_coo
+
+OP = torch.ops.sparsegrad_kernels.sparse_adam_.default
+HYPER = (0.01, 0.9, 0.99, 1e-6)
+# Of one step: the parameter is rounded to its dtype.
+TOLERANCE = {
+    torch.float64: 1e-14,
+    torch.float32: 1e-6,
+    torch.bfloat16: 1e-2,
+    torch.float16: 2e-3,
+}
+
+
+def oracle(param, exp_avg, exp_avg_sq, indices, values, step, lr, beta1, beta2, eps):
+    """Entry by entry, in Python's float64."""
+    tensors = [t.double().clone() for t in (param, exp_avg, exp_avg_sq)]
+    p, m, v = tensors
+    for (i, j), g in zip(indices.T.tolist(), values.double().tolist(), strict=True):
+        m[i, j] = beta1 * m[i, j] + (1 - beta1) * g
+        v[i, j] = beta2 * v[i, j] + (1 - beta2) * g * g
+        size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
+        p[i, j] -= size * m[i, j] / (v[i, j] ** 0.5 + eps)
+    return tensors
+
+
+def state(shape, dtype, generator):
+    param = torch.randn(*shape, generator=generator).to(dtype)
+    exp_avg = torch.randn(*shape, generator=generator).to(dtype)
+    return param, exp_avg, torch.rand(*shape, generator=generator).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (33, 64)])
+@pytest.mark.parametrize("step", [1, 17])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+def test_equals_oracle(dtype, shape, step, layout, generator):
+    tensors = [strided_views(t)[layout] for t in state(shape, dtype, generator)]
+    indices, values = topk_coo(torch.randn(*shape, generator=generator).to(dtype), 20)
+    wanted = oracle(*tensors, indices, values, step, *HYPER)
+    before = [t.clone() for t in tensors]
+    sparse_adam_(*tensors, indices, values, step, *HYPER)
+    untouched = torch.ones(shape, dtype=torch.bool)
+    untouched[indices[0], indices[1]] = False
+    for got, right, old in zip(tensors, wanted, before, strict=True):
+        limit = TOLERANCE[dtype]
+        torch.testing.assert_close(got.double(), right, rtol=limit, atol=limit)
+        assert torch.equal(got[untouched], old[untouched])
+
+
+def test_equals_torch(generator):
+    param = torch.nn.Parameter(torch.randn(20, 30, generator=generator))
+    ours, exp_avg, exp_avg_sq = param.detach().clone(), torch.zeros(20, 30), torch.zeros(20, 30)
+    lr, *betas, eps = HYPER
+    peer = torch.optim.SparseAdam([param], lr=lr, betas=tuple(betas), eps=eps)
+    for step in range(1, 30):
+        indices, values = topk_coo(torch.randn(20, 30, generator=generator), 25)
+        param.grad = torch.sparse_coo_tensor(indices, values, (20, 30), check_invariants=True)
+        peer.step()
+        sparse_adam_(ours, exp_avg, exp_avg_sq, indices, values, step, *HYPER)
+    torch.testing.assert_close(ours, param.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_nothing_to_do():
+    tensors = [torch.ones(0, 3) for _ in range(3)]
+    sparse_adam_(*tensors, torch.empty(2, 0, dtype=torch.int64), torch.empty(0), 1, *HYPER)
+
+
+def test_bad_input():
+    p = [torch.zeros(2, 3) for _ in range(3)]
+    i, v = torch.tensor([[0], [2]]), torch.ones(1)
+    with pytest.raises(ValueError, match=r"exp_avg must have shape \(2, 3\) \(that of param\)"):
+        sparse_adam_(p[0], torch.zeros(3, 2), p[2], i, v, 1, *HYPER)
+    with pytest.raises(TypeError, match="indices must be int64, got torch.int32"):
+        sparse_adam_(*p, i.int(), v, 1, *HYPER)
+    with pytest.raises(ValueError, match=r"indices must have shape \(2, 3\)"):
+        sparse_adam_(*p, i, torch.ones(3), 1, *HYPER)
+    with pytest.raises(ValueError, match=r"indices must lie in \[0, 2\) x \[0, 3\), got rows 0..0"):
+        sparse_adam_(*p, torch.tensor([[0], [3]]), v, 1, *HYPER)
+    with pytest.raises(ValueError, match=r"indices must lie in"):
+        sparse_adam_(*p, torch.tensor([[-1], [0]]), v, 1, *HYPER)
+    with pytest.raises(TypeError, match="values must have the dtype of param"):
+        sparse_adam_(*p, i, v.double(), 1, *HYPER)
+    with pytest.raises(ValueError, match="step must be at least 1, got 0"):
+        sparse_adam_(*p, i, v, 0, *HYPER)
+    with pytest.raises(ValueError, match=r"beta2 must lie in \[0, 1\), got 1.0"):
+        sparse_adam_(*p, i, v, 1, 0.1, 0.9, 1.0, 1e-8)
+    with pytest.raises(ValueError, match="lr must not be negative, got nan"):
+        sparse_adam_(*p, i, v, 1, float("nan"), 0.9, 0.9, 1e-8)
+    assert all((t == 0).all() for t in p)
+
+
+def test_opcheck(generator):
+    tensors = state((5, 6), torch.float32, generator)
+    indices, values = topk_coo(torch.randn(5, 6, generator=generator), 7)
+    torch.library.opcheck(OP, (*tensors, indices, values, 3, *HYPER))
+
+
+def test_compile(generator):
+    tensors = state((5, 6), torch.float32, generator)
+    copies = [t.clone() for t in tensors]
+    indices, values = topk_coo(torch.randn(5, 6, generator=generator), 7)
+
+    def use(p, m, v):
+        sparse_adam_(p, m, v, indices, values, 3, *HYPER)
+        return p + 1
+
+    torch.testing.assert_close(torch.compile(use, fullgraph=True)(*tensors), use(*copies))
+    torch.testing.assert_close(tensors[0], copies[0])

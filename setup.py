@@ -1,0 +1,5 @@
+"""Metadata is in pyproject.toml; this file only builds."""
+
+from setuptools import setup
+
+setup()

@@ -1,0 +1,24 @@
+"""SparseGrad (EMNLP 2024): fine-tune MLP layers with about 1% of the weight gradient."""
+
+from . import ops
+from ._version import __version__
+from .basis import Basis, fit_basis
+from .config import SparseGradConfig
+from .linear import SparseGradLinear
+from .model import convert, load, merge, save
+from .optim import SparseAdam, clip_grad_norm_
+
+__all__ = [
+    "Basis",
+    "SparseAdam",
+    "SparseGradConfig",
+    "SparseGradLinear",
+    "__version__",
+    "clip_grad_norm_",
+    "convert",
+    "fit_basis",
+    "load",
+    "merge",
+    "ops",
+    "save",
+]

@@ -1,0 +1,392 @@
+"""The preliminary phase (paper section 3.1): gradients of a few batches, and their HOSVD.
+
+HOSVD's factor for a mode holds the left singular vectors of the tensor's unfolding along it. For
+gradients `G_i [out, in]` stacked over steps and blocks these are the eigenvectors of
+`sum G_i^T G_i` (mode `in`) and `sum G_i G_i^T` (mode `out`), which can be summed as they come.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ._files import save_safetensors
+from .config import SparseGradConfig, Target, find_targets, linear_view
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+
+
+class Basis(nn.Module):
+    """Orthogonal factors of the weight gradient, strongest first (paper section 3.1).
+
+    A module without parameters or `state_dict` entries, so that layers can share one through
+    `.to(device)`, copying and pickling.
+
+    Args:
+        u: input basis `[r_in, in]`, orthonormal rows.
+        v: output basis `[r_out, out]`, orthonormal rows, dtype and device of `u`.
+        energy_in, energy_out: the squared singular values of the gradient's unfoldings, `[in]`
+            and `[out]`, descending, also where the factors are truncated; None: not known.
+
+    Raises:
+        TypeError, ValueError: shapes, dtypes or devices do not fit, or rows are not orthonormal.
+    """
+
+    u: Tensor
+    v: Tensor
+    energy_in: Tensor | None
+    energy_out: Tensor | None
+
+    def __init__(
+        self,
+        u: Tensor,
+        v: Tensor,
+        energy_in: Tensor | None = None,
+        energy_out: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        if u.dtype != v.dtype or u.device != v.device:
+            raise ValueError(
+                f"v must have dtype and device of u, {u.dtype} on {u.device}, "
+                f"got {v.dtype} on {v.device}"
+            )
+        for name, factor, energy in (("u", u, energy_in), ("v", v, energy_out)):
+            _check_factor(name, factor)
+            if energy is not None and energy.shape != factor.shape[1:]:
+                raise ValueError(
+                    f"the energy of {name} must have shape {tuple(factor.shape[1:])}, "
+                    f"got {tuple(energy.shape)}"
+                )
+        for name, tensor in zip(
+            ("u", "v", "energy_in", "energy_out"), (u, v, energy_in, energy_out), strict=True
+        ):
+            value = None if tensor is None else tensor.detach()
+            self.register_buffer(name, value, persistent=False)
+
+    @property
+    def rank_in(self) -> int:
+        return self.u.shape[0]
+
+    @property
+    def rank_out(self) -> int:
+        return self.v.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.u.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.v.shape[1]
+
+    @property
+    def is_truncated(self) -> bool:
+        return self.rank_in < self.in_features or self.rank_out < self.out_features
+
+    def truncate(
+        self,
+        energy: float | None = None,
+        rank_in: int | None = None,
+        rank_out: int | None = None,
+    ) -> Basis:
+        """The leading vectors: those that hold `energy` of the total in each mode, or ranks.
+
+        Raises:
+            ValueError: `energy` is outside (0, 1], not known, or more than the factors still hold;
+                a rank is outside what there is; neither is given, or both.
+        """
+        if (energy is None) == (rank_in is None and rank_out is None):
+            raise ValueError("truncate needs energy, or rank_in and rank_out, not both")
+        if energy is not None:
+            rank_in = _energy_rank("energy_in", self.energy_in, energy, self.rank_in)
+            rank_out = _energy_rank("energy_out", self.energy_out, energy, self.rank_out)
+        rank_in = self.rank_in if rank_in is None else rank_in
+        rank_out = self.rank_out if rank_out is None else rank_out
+        for name, rank, limit in (
+            ("rank_in", rank_in, self.rank_in),
+            ("rank_out", rank_out, self.rank_out),
+        ):
+            if not 1 <= rank <= limit:
+                raise ValueError(f"{name} must lie in [1, {limit}], got {rank}")
+        return Basis(
+            self.u[:rank_in].clone(), self.v[:rank_out].clone(), self.energy_in, self.energy_out
+        )
+
+    def matching(self, tensor: Tensor) -> Basis:
+        """This basis if it has the tensor's device and dtype, else a copy that has."""
+        if self.u.dtype == tensor.dtype and self.u.device == tensor.device:
+            return self
+        # A basis rounded to half precision is not orthonormal to the last bit: no check again.
+        copied = Basis.__new__(Basis)
+        nn.Module.__init__(copied)
+        for name, buffer in self._buffers.items():
+            value = None
+            if buffer is not None:
+                dtype = tensor.dtype if name in ("u", "v") else buffer.dtype
+                value = buffer.to(tensor.device, dtype)
+            copied.register_buffer(name, value, persistent=False)
+        return copied
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name, without those not known."""
+        return {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file."""
+        save_safetensors(self.tensors(), Path(path), {"kind": "sparsegrad_kernels.Basis"})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Basis:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is no basis.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no basis file at {os.fspath(path)}")
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            if not {"u", "v"} <= names:
+                raise ValueError(f"{os.fspath(path)} holds no basis: its tensors are {names}")
+            return cls(**{name: file.get_tensor(name) for name in names})
+
+    def extra_repr(self) -> str:
+        return (
+            f"in={self.in_features}, out={self.out_features}, "
+            f"rank_in={self.rank_in}, rank_out={self.rank_out}"
+        )
+
+
+def _check_factor(name: str, factor: Tensor) -> None:
+    if factor.dim() != 2 or not factor.is_floating_point():
+        raise ValueError(
+            f"{name} must be a floating matrix, got {factor.dtype} of shape {tuple(factor.shape)}"
+        )
+    rank, size = factor.shape
+    if not 1 <= rank <= size:
+        raise ValueError(
+            f"{name} must have 1 to {size} rows for {size} columns, got shape {tuple(factor.shape)}"
+        )
+    if factor.is_meta:
+        return
+    # z -> z factor keeps lengths if and only if the rows are orthonormal: probe, do not square.
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(8, rank, dtype=torch.float64, generator=generator).to(factor.device)
+    probe = probe.to(torch.promote_types(factor.dtype, torch.float32))
+    ratio = (probe @ factor.to(probe.dtype)).norm(dim=1) / probe.norm(dim=1)
+    tolerance = 100 * torch.finfo(factor.dtype).eps ** 0.75
+    if not bool(((ratio - 1).abs() < tolerance).all()):
+        raise ValueError(f"the rows of {name} are not orthonormal")
+
+
+def _energy_rank(name: str, spectrum: Tensor | None, energy: float, limit: int) -> int:
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy must lie in (0, 1], got {energy}")
+    if spectrum is None:
+        raise ValueError(f"energy needs the spectrum, and this basis has no {name}")
+    share = spectrum.double().cumsum(0) / spectrum.double().sum()
+    # energy=1 asks for everything, also where the last vectors hold less than a rounding error.
+    rank = len(share) if energy == 1 else int((share < energy).sum()) + 1
+    if rank > limit:
+        raise ValueError(f"energy {energy} needs {rank} vectors, this basis has {limit}")
+    return rank
+
+
+class _GramHosvd:
+    """Streams `sum G^T G` and `sum G G^T`: float64, `in^2 + out^2` numbers."""
+
+    def __init__(self) -> None:
+        self.gram_in: Tensor | None = None
+        self.gram_out: Tensor | None = None
+
+    def add(self, gradient: Tensor) -> None:
+        gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        gram_in, gram_out = gradient.T @ gradient, gradient @ gradient.T
+        if self.gram_in is None or self.gram_out is None:
+            self.gram_in, self.gram_out = gram_in.double(), gram_out.double()
+        else:
+            self.gram_in += gram_in
+            self.gram_out += gram_out
+
+    def basis(self, dtype: torch.dtype) -> Basis:
+        u, energy_in = self._eigenvectors(cast(Tensor, self.gram_in))
+        v, energy_out = self._eigenvectors(cast(Tensor, self.gram_out))
+        return Basis(u.to(dtype), v.to(dtype), energy_in, energy_out)
+
+    @staticmethod
+    def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
+        energy, vectors = torch.linalg.eigh(gram)
+        return vectors.flip(1).T.contiguous(), energy.flip(0).clamp_(min=0)
+
+
+class _TensorlyHosvd:
+    """Stacks the gradients, as the paper does, and leaves the decomposition to tensorly."""
+
+    def __init__(self) -> None:
+        try:
+            import tensorly
+        except ImportError:
+            raise ImportError(
+                'method="tensorly" needs tensorly: pip install "sparsegrad_kernels[tensorly]"'
+            ) from None
+        self._backend = tensorly.backend_context("pytorch", local_threadsafe=True)
+        self.gradients: list[Tensor] = []
+
+    def add(self, gradient: Tensor) -> None:
+        dtype = torch.promote_types(gradient.dtype, torch.float32)
+        self.gradients.append(gradient.to(dtype, copy=True))
+
+    def basis(self, dtype: torch.dtype) -> Basis:
+        from tensorly.decomposition import partial_tucker
+
+        stacked = torch.stack(self.gradients, dim=-1)  # [out, in, steps * blocks]
+        with self._backend:
+            # No iterations: its initialisation is the HOSVD itself.
+            (core, (v, u)), _ = partial_tucker(
+                stacked, rank=list(stacked.shape[:2]), modes=[0, 1], n_iter_max=0, init="svd"
+            )
+        energy_out, energy_in = core.square().sum((1, 2)), core.square().sum((0, 2))
+        return Basis(u.T.contiguous().to(dtype), v.T.contiguous().to(dtype), energy_in, energy_out)
+
+
+_METHODS: dict[str, Callable[[], _GramHosvd | _TensorlyHosvd]] = {
+    "gram": _GramHosvd,
+    "tensorly": _TensorlyHosvd,
+}
+
+
+def _default_loss(model: nn.Module, batch: Any) -> Tensor:
+    output = model(**batch) if hasattr(batch, "keys") else model(batch)
+    loss = output if isinstance(output, Tensor) else getattr(output, "loss", None)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise ValueError(
+            "the model's output has no scalar loss: put labels in the batches, or give "
+            "loss_fn(model, batch)"
+        )
+    return loss
+
+
+def _repeat(batches: Iterable[Any], n_steps: int) -> Iterator[Any]:
+    """`n_steps` batches, from the start again where they end earlier."""
+    given = 0
+    while given < n_steps:
+        before = given
+        for batch in batches:
+            given += 1
+            yield batch
+            if given == n_steps:
+                return
+        if given == before:
+            raise ValueError(
+                f"batches ended after {given} of n_steps={n_steps} and cannot be started again"
+            )
+
+
+@contextlib.contextmanager
+def _only_targets_train(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
+    """Train mode, gradients for `weights` alone; everything as it was on leaving."""
+    parameters = list(model.parameters())
+    flags = [(p, p.requires_grad, p.grad) for p in parameters]
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    devices = {p.device.index for p in parameters if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[d for d in devices if d is not None]):
+        try:
+            for p in parameters:
+                p.grad = None
+                p.requires_grad_(False)
+            for weight in weights:
+                weight.requires_grad_(True)
+            model.train()
+            with torch.enable_grad():
+                yield
+        finally:
+            for p, requires_grad, grad in flags:
+                p.requires_grad_(requires_grad)
+                p.grad = grad
+            for module, training in modes:
+                module.training = training
+            with torch.no_grad():
+                for buffer, value in buffers:
+                    buffer.copy_(value)
+
+
+def fit_basis(
+    model: nn.Module,
+    batches: Iterable[Any],
+    config: SparseGradConfig | None = None,
+    n_steps: int = 30,
+    method: Literal["gram", "tensorly"] = "gram",
+    loss_fn: LossFn | None = None,
+    progress: bool = True,
+) -> dict[str, Basis]:
+    """The preliminary phase: gradients of `n_steps` batches, and the HOSVD of their stack.
+
+    The model is trained in no way: its weights, buffers, `requires_grad`, mode, gradients and the
+    random state are as before when this returns, and when it raises. Memory is that of one weight
+    gradient and `in^2 + out^2` float64 numbers per group, whatever the number of steps and blocks
+    (`method="tensorly"` stacks all gradients, as the paper does).
+
+    Args:
+        model: the model, before `convert`.
+        batches: any iterable of what the model takes, on its device; started again if it ends.
+        config: which linears, and whether layers of the same role share a basis.
+        n_steps: how many backward passes; the paper takes 30.
+        method: "gram" streams, "tensorly" is for comparison.
+        loss_fn: `loss_fn(model, batch)`, a scalar; by default `model(**batch).loss`, or the output
+            itself where that is a scalar.
+        progress: show a progress bar with the loss.
+
+    Returns:
+        By group (the role, such as "intermediate.dense"; the module's name with per-layer bases)
+        a full `Basis`, in the dtype of the weights (float32 for half precision) on their device.
+
+    Raises:
+        ValueError: nothing to fit, `batches` ends too early, a loss is not finite or not scalar.
+    """
+    config = SparseGradConfig() if config is None else config
+    if method not in _METHODS:
+        raise ValueError(f"method must be one of {list(_METHODS)}, got {method!r}")
+    if n_steps < 1:
+        raise ValueError(f"n_steps must be at least 1, got {n_steps}")
+    targets = find_targets(model, config)
+    sums = {target.group: _METHODS[method]() for target in targets.values()}
+    seen: dict[str, torch.dtype] = {}
+
+    def collector(target: Target) -> Callable[[Tensor], None]:
+        def collect(weight: Tensor) -> None:
+            gradient = linear_view(target.module, cast(Tensor, weight.grad))
+            sums[target.group].add(gradient)
+            seen[target.group] = torch.promote_types(gradient.dtype, torch.float32)
+            weight.grad = None
+
+        return collect
+
+    loss_fn = _default_loss if loss_fn is None else loss_fn
+    weights = [cast(nn.Parameter, target.module.weight) for target in targets.values()]
+    with _only_targets_train(model, weights), contextlib.ExitStack() as hooks:
+        for weight, target in zip(weights, targets.values(), strict=True):
+            hooks.callback(weight.register_post_accumulate_grad_hook(collector(target)).remove)
+        bar = tqdm(total=n_steps, desc="basis", unit="step", disable=not progress)
+        hooks.callback(bar.close)
+        for step, batch in enumerate(_repeat(batches, n_steps)):
+            loss = loss_fn(model, batch)
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise ValueError(f"the loss of batch {step} is {value}")
+            loss.backward()
+            bar.set_postfix(loss=f"{value:.4f}")
+            bar.update()
+    if unused := sorted(set(sums) - set(seen)):
+        raise ValueError(f"no gradient reached {unused}: the loss does not depend on them")
+    return {group: sums[group].basis(dtype) for group, dtype in seen.items()}

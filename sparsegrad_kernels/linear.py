@@ -1,0 +1,510 @@
+"""SparseGradLinear: a linear layer whose weight gradient is sparse in an HOSVD basis.
+
+With `x~ = x U^T`, `g~ = g V^T` (design section 1) the gradient of the transformed weight
+`W~ = V W U^T` is `G~ = g~^T x~ = V (g^T x) U^T`, of which the k largest entries survive.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .basis import Basis
+from .ops._library import define
+
+WeightSpace = Literal["original", "transformed"]
+
+
+def _chain_cost(a: int, b: int, c: int, d: int) -> int:
+    """Multiply-adds of a product of matrices `[a, b] [b, c] [c, d]`, in the cheaper order."""
+    return min(a * b * c + a * c * d, b * c * d + a * b * d)
+
+
+def rotated_grad_topk(
+    g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k largest entries of `V g^T x U^T`, associated the cheapest way (design 2.1).
+
+    Whatever the order, the last of the three products is the one fused with the selection.
+
+    Args:
+        g: gradient of the output `[T, out]`, without its zero tokens.
+        x: input `[T, in]`.
+        u, v: `[r_in, in]` and `[r_out, out]`, or None: the identity.
+        k: how many entries.
+
+    Returns:
+        `indices [2, k]` and `values [k]` in the transformed space.
+    """
+    if u is None or v is None:
+        return ops.grad_weight_topk(g, x, k)
+    (n, out_features), in_features = g.shape, x.shape[1]
+    r_in, r_out = u.shape[0], v.shape[0]
+    cost_v_last = _chain_cost(out_features, n, in_features, r_in) + r_out * out_features * r_in
+    cost_u_last = _chain_cost(r_out, out_features, n, in_features) + r_out * in_features * r_in
+    cost_token_last = n * (out_features * r_out + in_features * r_in + r_out * r_in)
+    cheapest = min(cost_token_last, cost_v_last, cost_u_last)
+    if cheapest == cost_token_last:
+        return ops.grad_weight_topk(g @ v.T, x @ u.T, k)
+    if cheapest == cost_v_last:
+        return ops.grad_weight_topk(v.T, torch.linalg.multi_dot([g.T, x, u.T]), k)
+    return ops.grad_weight_topk(torch.linalg.multi_dot([x.T, g, v.T]), u.T, k)
+
+
+def _fold_delta(weight: Tensor, delta: Tensor, u: Tensor | None, v: Tensor | None) -> None:
+    indices = delta.nonzero().T
+    if indices.shape[1]:
+        entries = (indices[0], indices[1])
+        ops.fold_(weight, u, v, indices, delta[entries].to(weight.dtype))
+        delta[entries] = 0
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    grad_target: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    k: int,
+) -> Tensor:
+    weight = weight.to(x.dtype)
+    return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _forward_fake(x, weight, bias, grad_target, u, v, k) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _backward(
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
+    k: int,
+    size: list[int],
+    dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of input `[..., in]` and of the sparse parameter; None where not asked for.
+
+    The input gradient is asked for by giving `weight`, the sparse one, of the given size and dtype,
+    by giving `x`. Tokens whose output gradient is zero (padding) take no part.
+    """
+    out_shape = g.shape[:-1]
+    g = g.reshape(-1, g.shape[-1])  # [T, out]
+    rows, _ = ops.nonzero_rows_cols(g)
+    n_tokens = g.shape[0]
+    skip = rows.shape[0] < n_tokens
+    if skip:
+        g = g[rows]
+    grad_input = grad_sparse = None
+    if weight is not None:
+        grad_input = g @ weight.to(g.dtype)
+        if skip:
+            whole = grad_input.new_zeros(n_tokens, weight.shape[1])
+            grad_input = whole.index_copy_(0, rows, grad_input)
+        grad_input = grad_input.reshape(*out_shape, weight.shape[1])
+    if x is not None:
+        x = x.reshape(-1, x.shape[-1])  # [T, in]
+        if u is not None and v is not None:
+            u, v = u.to(g.dtype), v.to(g.dtype)
+        indices, values = rotated_grad_topk(g, x[rows] if skip else x, u, v, k)
+        grad_sparse = torch.sparse_coo_tensor(
+            indices, values.to(dtype), size, is_coalesced=True, check_invariants=False
+        )
+    return grad_input, grad_sparse
+
+
+def _backward_op(g, x, weight, u, v, k, size, dtype) -> tuple[Tensor, Tensor]:
+    # An operator's schema has no optional results: an empty tensor stands for None.
+    grad_input, grad_sparse = _backward(g, x, weight, u, v, k, size, dtype)
+    return (
+        g.new_empty(0) if grad_input is None else grad_input,
+        g.new_empty(0) if grad_sparse is None else grad_sparse,
+    )
+
+
+def _backward_fake(g, x, weight, u, v, k, size, dtype) -> tuple[Tensor, Tensor]:
+    grad_input, grad_sparse = g.new_empty(0), g.new_empty(0)
+    if weight is not None:
+        grad_input = g.new_empty(*g.shape[:-1], weight.shape[1])
+    if x is not None:
+        indices, values = g.new_empty((2, k), dtype=torch.int64), g.new_empty(k, dtype=dtype)
+        grad_sparse = torch.sparse_coo_tensor(
+            indices, values, size, is_coalesced=True, check_invariants=False
+        )
+    return grad_input, grad_sparse
+
+
+_fold_delta_op = define(
+    "_fold_delta_(Tensor(a!) weight, Tensor(b!) delta, Tensor? u, Tensor? v) -> ()",
+    _fold_delta,
+    lambda weight, delta, u, v: None,
+)
+_linear_op = define(
+    "_linear(Tensor x, Tensor weight, Tensor? bias, Tensor grad_target, Tensor? u, Tensor? v, "
+    "int k) -> Tensor",
+    _forward,
+    _forward_fake,
+)
+_linear_backward_op = define(
+    "_linear_backward(Tensor g, Tensor? x, Tensor? weight, Tensor? u, Tensor? v, int k, "
+    "int[] size, ScalarType dtype) -> (Tensor, Tensor)",
+    _backward_op,
+    _backward_fake,
+)
+
+
+def _save(ctx: Any, x, weight, bias, grad_target, u, v, k) -> None:
+    """Keep for the backward pass what `nn.Linear` keeps: the input, and parameters."""
+    need_input, _, need_bias, need_sparse = ctx.needs_input_grad[:4]
+    ctx.save_for_backward(x if need_sparse else None, weight if need_input else None, u, v)
+    ctx.k, ctx.size, ctx.dtype = k, list(grad_target.shape), grad_target.dtype
+    ctx.bias_dtype = bias.dtype if need_bias else None
+
+
+def _grad_bias(ctx: Any, g: Tensor) -> Tensor | None:
+    """In the original space, in both weight spaces."""
+    if ctx.bias_dtype is None:
+        return None
+    return g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype)
+
+
+class SparseGradFunction(torch.autograd.Function):
+    """`y = x W^T + b`, whose backward sends the COO gradient to `grad_target` (paper Table 2)."""
+
+    @staticmethod
+    def forward(ctx: Any, x, weight, bias, grad_target, u, v, k) -> Tensor:
+        _save(ctx, x, weight, bias, grad_target, u, v, k)
+        return _forward(x, weight, bias, grad_target, u, v, k)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor):
+        x, weight, u, v = ctx.saved_tensors
+        with torch.autocast(g.device.type, enabled=False):
+            grad_input, grad_sparse = _backward(g, x, weight, u, v, ctx.k, ctx.size, ctx.dtype)
+            grad_bias = _grad_bias(ctx, g)
+        return grad_input, None, grad_bias, grad_sparse, None, None, None
+
+
+# The same for torch.compile, which cannot trace a Function that makes a sparse tensor.
+def _setup_context(ctx: Any, inputs, output) -> None:
+    _save(ctx, *inputs)
+
+
+def _compiled_backward(ctx: Any, g: Tensor):
+    x, weight, u, v = ctx.saved_tensors
+    grad_input, grad_sparse = _linear_backward_op(g, x, weight, u, v, ctx.k, ctx.size, ctx.dtype)
+    return (
+        None if weight is None else grad_input,
+        None,
+        _grad_bias(ctx, g),
+        None if x is None else grad_sparse,
+        None,
+        None,
+        None,
+    )
+
+
+torch.library.register_autograd(
+    "sparsegrad_kernels::_linear", _compiled_backward, setup_context=_setup_context
+)
+
+
+class SparseGradLinear(nn.Module):
+    """A drop-in for `nn.Linear` that trains about 1% of its weight per step (paper section 3.2).
+
+    In `weight_space="original"` (the default), `weight [out, in]` is the plain weight and takes no
+    gradient; the parameter `delta [r_out, r_in]` is zero, receives the COO gradient of the
+    transformed space, and what any optimizer writes into it is folded into the weight,
+    `W += V^T delta U` (`delta` is then zero again), before the weight is used: in `forward`, on
+    reading `layer.weight`, in `state_dict`, `to_linear`, `eval`, copying, pickling and moving.
+    Only iterating `named_parameters()` shows the stored tensor as it is: call `fold()` first.
+    The forward costs what `nn.Linear` costs, and `state_dict` is that of an `nn.Linear`.
+
+    In `weight_space="transformed"` the layer is the paper's Table 2 to the letter: three products,
+    and the parameter `weight [r_out, r_in]` is `W~ = V W U^T`, which receives the COO gradient. Its
+    `state_dict` holds the basis too, since the weight means nothing without it.
+
+    Both spaces give the same training. Each backward keeps the k largest entries of its own
+    gradient; several before a step add up, as sparse gradients do, to the union of their entries.
+    `bias` has its dense gradient in the original space.
+
+    Args:
+        in_features, out_features: sizes of a token's input and output.
+        basis: `Basis` with factors for these sizes, full or truncated; None is the identity, which
+            makes the layer MeProp (Sun et al., 2017).
+        bias: whether there is one.
+        k: how many entries of the gradient to keep, at most `r_out * r_in`.
+        density: `k` as a share of `in_features * out_features`, where `k` is None.
+        weight_space: "original" or "transformed".
+        device, dtype: of the parameters.
+
+    Shape:
+        input `[*, in_features]`, output `[*, out_features]`.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range or does not fit the others.
+    """
+
+    delta: nn.Parameter | None
+    bias: nn.Parameter | None
+    basis: Basis | None
+    residual: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        basis: Basis | None = None,
+        bias: bool = True,
+        k: int | None = None,
+        density: float = 0.01,
+        weight_space: WeightSpace = "original",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
+        self._set_up(linear.weight.data, linear.bias, basis, k, density, weight_space)
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        basis: Basis | None = None,
+        k: int | None = None,
+        density: float = 0.01,
+        weight_space: WeightSpace = "original",
+    ) -> SparseGradLinear:
+        """A layer with a copy of the linear's parameters, on its device, in its dtype and mode."""
+        if not isinstance(linear, nn.Linear):
+            raise TypeError(f"linear must be an nn.Linear, got {type(linear).__name__}")
+        layer = cls.__new__(cls)
+        nn.Module.__init__(layer)
+        weight = linear.weight.detach().clone()
+        bias = None
+        if linear.bias is not None:
+            bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
+        layer._set_up(weight, bias, basis, k, density, weight_space)
+        return layer.train(linear.training)
+
+    def _set_up(
+        self,
+        weight: Tensor,
+        bias: nn.Parameter | None,
+        basis: Basis | None,
+        k: int | None,
+        density: float,
+        weight_space: str,
+    ) -> None:
+        if weight_space not in ("original", "transformed"):
+            raise ValueError(
+                f'weight_space must be "original" or "transformed", got {weight_space!r}'
+            )
+        self.out_features, self.in_features = weight.shape
+        self.weight_space = weight_space
+        shape = self._gradient_shape(basis)
+        self.k = self._resolve_k(k, density, shape)
+        # The optimizer's write into `delta` is noticed by its version; None: look at its content.
+        self._folded_version: int | None = None
+        # Shared by all layers of a group, also through `.to(device)`: a submodule is moved once.
+        self.basis = None if basis is None else basis.matching(weight)
+        if weight_space == "original":
+            self.weight = nn.Parameter(weight, requires_grad=False)
+            self.delta = nn.Parameter(weight.new_zeros(shape))
+            self.register_buffer("residual", None)
+        else:
+            transformed, residual = _transform(weight, self.basis)
+            self.weight = nn.Parameter(transformed)
+            self.register_parameter("delta", None)
+            self.register_buffer("residual", residual)
+        self.register_parameter("bias", bias)
+
+    def _gradient_shape(self, basis: Basis | None) -> tuple[int, int]:
+        if basis is None:
+            return self.out_features, self.in_features
+        if not isinstance(basis, Basis):
+            raise TypeError(f"basis must be a Basis or None, got {type(basis).__name__}")
+        for name, got, wanted in (
+            ("u", basis.in_features, self.in_features),
+            ("v", basis.out_features, self.out_features),
+        ):
+            if got != wanted:
+                raise ValueError(
+                    f"basis is for another shape: its {name} has {got} columns, "
+                    f"the layer needs {wanted}"
+                )
+        return basis.rank_out, basis.rank_in
+
+    def _resolve_k(self, k: int | None, density: float, shape: tuple[int, int]) -> int:
+        if k is None:
+            if not 0 < density <= 1:
+                raise ValueError(f"density must lie in (0, 1], got {density}")
+            k = max(1, round(density * self.in_features * self.out_features))
+        elif isinstance(k, bool) or not isinstance(k, int):
+            raise TypeError(f"k must be an int or None, got {type(k).__name__}")
+        elif k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        return min(k, shape[0] * shape[1])
+
+    @property
+    def u(self) -> Tensor | None:
+        """Input basis `[r_in, in]`, or None: the identity."""
+        return None if self.basis is None else self.basis.u
+
+    @property
+    def v(self) -> Tensor | None:
+        """Output basis `[r_out, out]`, or None: the identity."""
+        return None if self.basis is None else self.basis.v
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """`W [out, in]` with all updates folded in, or `W~ [r_out, r_in]` (transformed space)."""
+        stored = self._parameters.get("weight")
+        if stored is None:
+            raise AttributeError("weight")
+        self.fold()
+        return stored
+
+    @weight.setter
+    def weight(self, value: nn.Parameter) -> None:
+        self.register_parameter("weight", value)
+
+    def fold(self) -> None:
+        """Fold what an optimizer wrote into `delta` into `weight` (design 2.2), in place."""
+        delta = self._parameters.get("delta")
+        if delta is None:
+            return
+        if torch.compiler.is_compiling():
+            with torch.no_grad():
+                _fold_delta_op(self._parameters["weight"], delta, self.u, self.v)
+        elif delta._version != self._folded_version:
+            with torch.no_grad():
+                _fold_delta_op(self._parameters["weight"], delta, self.u, self.v)
+            self._folded_version = delta._version
+
+    @torch.no_grad()
+    def dense_weight(self) -> Tensor:
+        """The weight of the equal `nn.Linear`, a new tensor `[out, in]`."""
+        weight = self.weight.detach()
+        if self.weight_space == "original":
+            return weight.clone()
+        if self.basis is not None:
+            weight = torch.linalg.multi_dot([self.basis.v.T, weight, self.basis.u])
+        return weight.clone() if self.residual is None else weight + self.residual
+
+    def to_linear(self) -> nn.Linear:
+        """The equal `nn.Linear`, with a copy of the parameters."""
+        weight = self.dense_weight()
+        linear = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device="meta",
+            dtype=weight.dtype,
+        )
+        trained = cast(Tensor, self.weight if self.delta is None else self.delta)
+        linear.weight = nn.Parameter(weight, trained.requires_grad)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
+        return linear.train(self.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"input must have {self.in_features} features in its last dimension, "
+                f"got shape {tuple(x.shape)}"
+            )
+        device_type = x.device.type
+        if torch.is_autocast_enabled(device_type):
+            x = x.to(torch.get_autocast_dtype(device_type))
+        if self.weight_space == "original":
+            self.fold()
+            weight = self._parameters["weight"]
+            return _linear(x, weight, self.bias, self.delta, self.u, self.v, self.k)
+        weight = self._parameters["weight"]
+        if self.basis is None:
+            return _linear(x, weight, self.bias, weight, None, None, self.k)
+        u, v = self.basis.u.to(x.dtype), self.basis.v.to(x.dtype)
+        y = _linear(F.linear(x, u), weight, None, weight, None, None, self.k) @ v
+        if self.residual is not None:
+            y = y + F.linear(x, self.residual.to(x.dtype))
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def train(self, mode: bool = True) -> SparseGradLinear:
+        if not mode:
+            self.fold()
+        return super().train(mode)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, k={self.k}, weight_space={self.weight_space!r}"
+        )
+
+    def _apply(self, fn, recurse: bool = True):
+        self.fold()
+        self._folded_version = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.fold()
+        return {**self.__dict__, "_folded_version": None}
+
+    def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
+        self.fold()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "delta", None)
+        if self.weight_space == "transformed" and self.basis is not None:
+            destination[prefix + "u"], destination[prefix + "v"] = self.basis.u, self.basis.v
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
+    ) -> None:
+        if self.weight_space == "transformed" and self.basis is not None:
+            for name, factor in (("u", self.basis.u), ("v", self.basis.v)):
+                value = state_dict.pop(prefix + name, None)
+                if value is None:
+                    missing_keys.append(prefix + name)
+                elif value.shape != factor.shape:
+                    errors.append(
+                        f"size mismatch for {prefix}{name}: {tuple(value.shape)} in the "
+                        f"checkpoint, {tuple(factor.shape)} in the layer's basis"
+                    )
+                else:
+                    with torch.no_grad():
+                        factor.copy_(value)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
+        )
+        if self.delta is not None:
+            if prefix + "delta" in missing_keys:
+                missing_keys.remove(prefix + "delta")
+            if prefix + "weight" in state_dict:  # it replaces the weight that delta belongs to
+                with torch.no_grad():
+                    self.delta.zero_()
+
+
+def _linear(x, weight, bias, grad_target, u, v, k) -> Tensor:
+    if torch.compiler.is_compiling():
+        return _linear_op(x, weight, bias, grad_target, u, v, k)
+    return SparseGradFunction.apply(x, weight, bias, grad_target, u, v, k)
+
+
+@torch.no_grad()
+def _transform(weight: Tensor, basis: Basis | None) -> tuple[Tensor, Tensor | None]:
+    """`W~ = V W U^T`, and what a truncated basis leaves over of `W`, else None."""
+    if basis is None:
+        return weight, None
+    transformed = torch.linalg.multi_dot([basis.v, weight, basis.u.T])
+    if not basis.is_truncated:
+        return transformed, None
+    return transformed, weight - torch.linalg.multi_dot([basis.v.T, transformed, basis.u])

@@ -1,0 +1,37 @@
+"""How an operator of this package is defined and called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "sparsegrad_kernels"
+
+
+def define(
+    schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Define `sparsegrad_kernels::<schema>` and return the callable overload.
+
+    The reference serves every device (CompositeExplicitAutograd); a compiled or Triton kernel
+    overrides it by registering itself for its own device's dispatch key.
+    """
+    name = schema.partition("(")[0]
+    qualified = f"{NAMESPACE}::{name}"
+    torch.library.define(qualified, schema.removeprefix(name), tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.impl(qualified, "CompositeExplicitAutograd", reference)
+    torch.library.register_fake(qualified, fake)
+    overload = getattr(getattr(torch.ops, NAMESPACE), name).default
+
+    def call(tensor: Tensor, *args: Any) -> Any:
+        # The operators compute in their arguments' dtype: autocast would change it inside them.
+        device_type = tensor.device.type
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return overload(tensor, *args)
+        return overload(tensor, *args)
+
+    return call

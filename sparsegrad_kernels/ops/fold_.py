@@ -1,0 +1,92 @@
+"""Fold a sparse update of the transformed space into the weight (design 2.2).
+
+`W += V^T D~ U`, with `D~ [r_out, r_in]` given by its entries. `(V^T D~) U` or `V^T (D~ U)`,
+whichever is cheaper.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ._checks import check_bounds, check_coo, check_like, check_matrix
+from ._library import define
+
+
+def _sparse_times(indices: Tensor, values: Tensor, size: tuple[int, int], b: Tensor) -> Tensor:
+    """`S @ b` for sparse `S`, both in `b`'s dtype; entries given twice are summed."""
+    s = torch.sparse_coo_tensor(indices, values, size, check_invariants=False)
+    return torch.sparse.mm(s, b)
+
+
+def _reference(
+    weight: Tensor, u: Tensor | None, v: Tensor | None, indices: Tensor, values: Tensor
+) -> None:
+    if u is None or v is None:
+        weight.index_put_((indices[0], indices[1]), values, accumulate=True)
+        return
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    # Only the rows R and columns C of D~ that hold an entry take part.
+    rows, row_of = indices[0].unique(return_inverse=True)
+    cols, col_of = indices[1].unique(return_inverse=True)
+    u, v, values = u[cols].to(wide), v[rows].to(wide), values.to(wide)  # u [C, in], v [R, out]
+    n, (n_cols, in_features), (n_rows, out_features) = len(values), u.shape, v.shape
+    left_first = n * out_features + n_cols * in_features * out_features
+    right_first = n * in_features + n_rows * in_features * out_features
+    if left_first <= right_first:
+        left = _sparse_times(torch.stack([col_of, row_of]), values, (n_cols, n_rows), v).T
+        right = u
+    else:
+        left = v.T
+        right = _sparse_times(torch.stack([row_of, col_of]), values, (n_rows, n_cols), u)
+    if weight.dtype == wide:
+        weight.addmm_(left, right)
+    else:
+        weight.copy_(torch.addmm(weight.to(wide), left, right))
+
+
+def _fake(*args) -> None:
+    return None
+
+
+_op = define(
+    "fold_(Tensor(a!) weight, Tensor? u, Tensor? v, Tensor indices, Tensor values) -> ()",
+    _reference,
+    _fake,
+)
+
+
+def fold_(
+    weight: Tensor, u: Tensor | None, v: Tensor | None, indices: Tensor, values: Tensor
+) -> None:
+    """`weight += v.T @ D @ u`, in place, for the sparse `D [r_out, r_in]` given as COO.
+
+    Args:
+        weight: `[out, in]`, updated in place.
+        u: `[r_in, in]`, the leading rows of the input basis, or None (with `v`): the identity.
+        v: `[r_out, out]`, the leading rows of the output basis, or None (with `u`).
+        indices: `[2, k]` int64; entries given twice are summed.
+        values: `[k]`, dtype and device of `weight`.
+
+    Raises:
+        TypeError, ValueError: wrong rank, shape, dtype or device, indices out of bounds (checked
+            on the CPU), or one of `u` and `v` without the other.
+    """
+    check_matrix("weight", weight)
+    if (u is None) != (v is None):
+        raise ValueError("u and v must both be given, or both be None")
+    shape = (weight.shape[0], weight.shape[1])
+    if u is not None and v is not None:
+        for name, factor, size in (("u", u, shape[1]), ("v", v, shape[0])):
+            check_matrix(name, factor)
+            check_like(name, factor, "weight", weight)
+            if factor.shape[1] != size:
+                raise ValueError(
+                    f"{name} must have {size} columns for weight {shape}, "
+                    f"got shape {tuple(factor.shape)}"
+                )
+        shape = (v.shape[0], u.shape[0])
+    check_coo(indices, values, "weight", weight)
+    check_bounds(indices, shape)
+    if values.shape[0]:
+        _op(weight, u, v, indices, values)

@@ -1,0 +1,155 @@
+"""SparseAdam: one optimizer for sparse gradients (lazily) and dense ones (as AdamW)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from . import ops
+
+
+def unique_entries(grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices and values of a COO matrix with entries given twice summed.
+
+    Autograd drops the mark that a gradient is coalesced; seeing that it is costs less than sorting.
+    """
+    indices, values = grad._indices(), grad._values()
+    linear = indices[0] * grad.shape[1] + indices[1]
+    if bool((linear[1:] > linear[:-1]).all()):
+        return indices, values
+    grad = grad.coalesce()
+    return grad.indices(), grad.values()
+
+
+class SparseAdam(Optimizer):
+    """Sparse gradients as `torch.optim.SparseAdam`, dense ones as `torch.optim.AdamW`.
+
+    A parameter with a COO gradient has its moments and itself updated at the gradient's entries
+    only, without weight decay (paper section 5.1); entries given twice are summed, so gradients
+    may be accumulated. All other parameters take AdamW's step. One `step` counter per parameter.
+
+    Args:
+        params: parameters or parameter groups; those without a gradient are left alone, so
+            `model.parameters()` will do.
+        lr: learning rate, at least 0. SparseGrad layers want about 1e-3 (design section 8).
+        betas: decay of the two moments, each in [0, 1).
+        eps: added to the root of the second moment.
+        weight_decay: AdamW's, for dense gradients.
+
+    Raises:
+        ValueError: a hyperparameter is outside its range.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+    ) -> None:
+        if not float(lr) >= 0:
+            raise ValueError(f"lr must not be negative, got {lr}")
+        for i, beta in enumerate(betas):
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas[{i}] must lie in [0, 1), got {beta}")
+        if not eps >= 0:
+            raise ValueError(f"eps must not be negative, got {eps}")
+        if not weight_decay >= 0:
+            raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One step over all parameters with a gradient; the loss of `closure`, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            dense = []
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.state[param]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"] = torch.zeros_like(param)
+                    state["exp_avg_sq"] = torch.zeros_like(param)
+                if param.grad.layout is torch.sparse_coo:
+                    self._sparse_step(param, state, group)
+                else:
+                    dense.append(param)
+            if dense:
+                self._dense_step(dense, group)
+        return loss
+
+    def _sparse_step(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
+        indices, values = unique_entries(cast(Tensor, param.grad))
+        state["step"] += 1
+        beta1, beta2 = group["betas"]
+        ops.sparse_adam_(
+            param,
+            state["exp_avg"],
+            state["exp_avg_sq"],
+            indices,
+            values,
+            int(state["step"]),
+            float(group["lr"]),
+            beta1,
+            beta2,
+            group["eps"],
+        )
+
+    def _dense_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[param] for param in params]
+        beta1, beta2 = group["betas"]
+        adamw(
+            params,
+            [param.grad for param in params],  # type: ignore[misc]
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            [state["step"] for state in states],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+
+@torch.no_grad()
+def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Tensor:
+    """`torch.nn.utils.clip_grad_norm_` (which refuses sparse gradients) for both kinds.
+
+    Args:
+        parameters: with their gradients, which are scaled in place.
+        max_norm: what the Euclidean norm of all gradients together is brought down to.
+
+    Returns:
+        The norm before, a scalar tensor.
+    """
+    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
+    parts = []
+    for param in parameters:
+        if param.grad is None:
+            continue
+        if param.grad.layout is torch.sparse_coo:
+            param.grad = param.grad.coalesce()  # a norm of entries given twice would be wrong
+            parts.append(param.grad._values())
+        else:
+            parts.append(param.grad)
+    total = torch.nn.utils.get_total_norm(parts)
+    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
+    for part in parts:
+        part.mul_(scale.to(part.device))
+    return total
