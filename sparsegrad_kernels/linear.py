@@ -30,8 +30,6 @@ def rotated_grad_topk(
 ) -> tuple[Tensor, Tensor]:
     """The k largest entries of `V g^T x U^T`, associated the cheapest way (design 2.1).
 
-    Whatever the order, the last of the three products is the one fused with the selection.
-
     Args:
         g: gradient of the output `[T, out]`, without its zero tokens.
         x: input `[T, in]`.
@@ -50,10 +48,12 @@ def rotated_grad_topk(
     cost_token_last = n * (out_features * r_out + in_features * r_in + r_out * r_in)
     cheapest = min(cost_token_last, cost_v_last, cost_u_last)
     if cheapest == cost_token_last:
-        return ops.grad_weight_topk(g @ v.T, x @ u.T, k)
-    if cheapest == cost_v_last:
-        return ops.grad_weight_topk(v.T, torch.linalg.multi_dot([g.T, x, u.T]), k)
-    return ops.grad_weight_topk(torch.linalg.multi_dot([x.T, g, v.T]), u.T, k)
+        left, right = (g @ v.T).T, x @ u.T
+    elif cheapest == cost_v_last:
+        left, right = v, torch.linalg.multi_dot([g.T, x, u.T])
+    else:
+        left, right = torch.linalg.multi_dot([v, g.T, x]), u.T
+    return ops.topk_coo(left @ right, k)
 
 
 def _fold_delta(weight: Tensor, delta: Tensor, u: Tensor | None, v: Tensor | None) -> None:

