@@ -1,0 +1,555 @@
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from cases import orthogonal, sparse_matrix
+from sparsegrad_kernels import Basis, SparseAdam, SparseGradLinear
+from sparsegrad_kernels.linear import rotated_grad_topk
+from sparsegrad_kernels.ops import topk_coo
+
+SPACES = ["original", "transformed"]
+BASES = ["identity", "full", "truncated"]
+OPS = torch.ops.sparsegrad_kernels
+
+
+def make_basis(kind: str, in_: int, out: int, generator: torch.Generator, dtype=torch.float64):
+    if kind == "identity":
+        return None
+    basis = Basis(orthogonal(in_, generator, dtype), orthogonal(out, generator, dtype))
+    if kind == "full":
+        return basis
+    return basis.truncate(rank_in=max(1, in_ // 2), rank_out=max(1, 2 * out // 3))
+
+
+class ThreeLinears(nn.Module):
+    """The paper's Table 2 by plain autograd: U^T frozen, W~ trained, V frozen; dense gradients."""
+
+    def __init__(self, linear: nn.Linear, basis: Basis | None) -> None:
+        super().__init__()
+        out, in_ = linear.weight.shape
+        self.u = torch.eye(in_).double() if basis is None else basis.u
+        self.v = torch.eye(out).double() if basis is None else basis.v
+        weight = self.v @ linear.weight.detach() @ self.u.T
+        self.frozen = linear.weight.detach() - self.v.T @ weight @ self.u
+        self.weight = nn.Parameter(weight)
+        self.bias = nn.Parameter(linear.bias.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        transformed = ((x @ self.u.T) @ self.weight.T) @ self.v
+        return transformed + x @ self.frozen.T + self.bias
+
+    def dense_weight(self) -> torch.Tensor:
+        return (self.v.T @ self.weight @ self.u + self.frozen).detach()
+
+
+def sparse_parameter(layer: SparseGradLinear) -> nn.Parameter:
+    return layer.weight if layer.delta is None else layer.delta
+
+
+def problem(generator, in_=7, out=11, tokens=(3, 5), keep=0.6):
+    linear = nn.Linear(in_, out).double()
+    x = torch.randn(*tokens, in_, generator=generator, dtype=torch.float64)
+    total = x[..., 0].numel()
+    g = sparse_matrix(total, out, torch.float64, generator, keep).reshape(*tokens, out)
+    return linear, x, g
+
+
+def check_equals_three_linears(linear, basis, x, g, k, space):
+    layer = SparseGradLinear.from_linear(linear, basis, k=k, weight_space=space)
+    peer = ThreeLinears(linear, basis)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [module(value) for module, value in zip((layer, peer), inputs, strict=True)]
+    torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
+    for output in outputs:
+        output.backward(g)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(layer.bias.grad, peer.bias.grad, rtol=1e-10, atol=1e-10)
+    gradient = sparse_parameter(layer).grad
+    assert gradient.layout is torch.sparse_coo
+    assert gradient._nnz() == layer.k == min(k, peer.weight.numel())
+    # Rounding may swap entries of equal size: compare sizes, then values at the chosen places.
+    chosen, dense = gradient.coalesce(), peer.weight.grad
+    largest = topk_coo(dense, k)[1].abs().sort().values
+    torch.testing.assert_close(chosen.values().abs().sort().values, largest, rtol=1e-9, atol=1e-10)
+    at = dense[chosen.indices()[0], chosen.indices()[1]]
+    torch.testing.assert_close(chosen.values(), at, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("tokens", [(15,), (3, 5), (2, 2, 4), ()])
+def test_equals_three_linears(space, kind, tokens, generator):
+    linear, x, g = problem(generator, tokens=tokens)
+    check_equals_three_linears(linear, make_basis(kind, 7, 11, generator), x, g, 9, space)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    in_=st.integers(1, 16),
+    out=st.integers(1, 16),
+    tokens=st.integers(1, 40),
+    k=st.integers(1, 100),
+    keep=st.floats(0, 1),
+    space=st.sampled_from(SPACES),
+    kind=st.sampled_from(BASES),
+    strided=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_property(in_, out, tokens, k, keep, space, kind, strided, seed):
+    generator = torch.Generator().manual_seed(seed)
+    linear, x, g = problem(generator, in_, out, (tokens,), keep)
+    if strided:
+        x, g = x.T.contiguous().T, g.T.contiguous().T
+    check_equals_three_linears(linear, make_basis(kind, in_, out, generator), x, g, k, space)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("kind", BASES)
+def test_dtypes(dtype, space, kind, generator):
+    linear, x, g = problem(generator)
+    basis = make_basis(kind, 7, 11, generator)
+    peer = ThreeLinears(linear, basis)
+    layer = SparseGradLinear.from_linear(linear.to(dtype), basis, k=60, weight_space=space)
+    y = layer(x.to(dtype))
+    y.backward(g.to(dtype))
+    peer(x).backward(g)
+    gradient = sparse_parameter(layer).grad
+    assert y.dtype == gradient.dtype == layer.bias.grad.dtype == dtype
+    limit = {torch.float32: 1e-5, torch.bfloat16: 0.1, torch.float16: 0.02}[dtype]
+    entries = gradient.coalesce()
+    at = peer.weight.grad[entries.indices()[0], entries.indices()[1]]
+    assert (entries.values().double() - at).norm() <= limit * peer.weight.grad.norm()
+    assert (y.double() - peer(x)).norm() <= limit * y.double().norm()
+
+
+def dense_training(linear, basis, batches, k, lr):
+    """SparseGrad from its equations: dense W~, top-k mask, SparseAdam by torch."""
+    peer = ThreeLinears(linear, basis)
+    sparse = torch.optim.SparseAdam([peer.weight], lr=lr)
+    dense = torch.optim.AdamW([peer.bias], lr=lr)
+    for x, target in batches:
+        (peer(x) - target).square().sum().backward()
+        indices, values = topk_coo(peer.weight.grad, k)
+        peer.weight.grad = torch.sparse_coo_tensor(
+            indices, values, peer.weight.shape, check_invariants=True
+        )
+        sparse.step()
+        dense.step()
+        peer.zero_grad()
+    return peer
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("kind", BASES)
+def test_fifty_steps(space, kind, generator):
+    linear, _, _ = problem(generator)
+    basis = make_basis(kind, 7, 11, generator)
+    batches = [
+        (
+            torch.randn(13, 7, generator=generator, dtype=torch.float64),
+            torch.randn(13, 11, generator=generator, dtype=torch.float64),
+        )
+        for _ in range(50)
+    ]
+    peer = dense_training(linear, basis, batches, 9, 0.02)
+    layer = SparseGradLinear.from_linear(linear, basis, k=9, weight_space=space)
+    optimizer = SparseAdam(layer.parameters(), lr=0.02)
+    for x, target in batches:
+        (layer(x) - target).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (peer.dense_weight() - linear.weight).abs().max() > 0.05
+    torch.testing.assert_close(layer.dense_weight(), peer.dense_weight(), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(layer.bias, peer.bias, rtol=1e-9, atol=1e-9)
+    # The same through to_linear.
+    x = batches[0][0]
+    torch.testing.assert_close(layer.to_linear()(x), layer(x), rtol=1e-10, atol=1e-10)
+
+
+# Multiply-adds: tokens, in, out, r_in, r_out, and which product comes last.
+ORDERS = {
+    "tokens": (8, 40, 60, 40, 60),
+    "v": (2000, 30, 40, 8, 40),
+    "u": (2000, 40, 30, 40, 8),
+}
+
+
+@pytest.mark.parametrize("case", ORDERS)
+def test_rotation_takes_the_cheapest_order(case, generator):
+    n, in_, out, r_in, r_out = ORDERS[case]
+    u, v = orthogonal(in_, generator)[:r_in], orthogonal(out, generator)[:r_out]
+    g = torch.randn(n, out, generator=generator, dtype=torch.float64)
+    x = torch.randn(n, in_, generator=generator, dtype=torch.float64)
+    with FlopCounterMode(display=False) as counter:
+        indices, values = rotated_grad_topk(g, x, u, v, 20)
+    torch.testing.assert_close(values, (v @ g.T @ x @ u.T)[indices[0], indices[1]])
+    costs = {
+        "tokens": n * (out * r_out + in_ * r_in + r_out * r_in),
+        "v": n * out * in_ + out * in_ * r_in + r_out * out * r_in,
+        "u": n * out * in_ + r_out * out * in_ + r_out * in_ * r_in,
+        "x first, v": n * in_ * r_in + n * out * r_in + r_out * out * r_in,
+        "g first, u": n * out * r_out + n * r_out * in_ + r_out * in_ * r_in,
+    }
+    assert counter.get_total_flops() == 2 * min(costs.values())
+    assert min(costs, key=costs.get).endswith(case)
+
+
+def test_forward_costs_what_linear_costs(generator):
+    linear = nn.Linear(64, 96)
+    layer = SparseGradLinear.from_linear(
+        linear, make_basis("full", 64, 96, generator, torch.float32)
+    )
+    x = torch.randn(50, 64, generator=generator)
+    with FlopCounterMode(display=False) as ours:
+        layer(x)
+    with FlopCounterMode(display=False) as peer:
+        linear(x)
+    assert ours.get_total_flops() == peer.get_total_flops()
+
+
+def test_zero_tokens_cost_nothing(generator):
+    basis = make_basis("full", 64, 96, generator, torch.float32)
+    layer = SparseGradLinear.from_linear(nn.Linear(64, 96), basis)
+    x = torch.randn(100, 64, generator=generator, requires_grad=True)
+    g = torch.randn(100, 96, generator=generator)
+    g[10:] = 0
+    y = layer(x)
+    with FlopCounterMode(display=False) as counter:
+        y.backward(g)
+    per_token = 96 * 64 + (96 * 96 + 64 * 64 + 96 * 64)  # grad input, and the rotation
+    assert counter.get_total_flops() == 2 * 10 * per_token
+    assert (x.grad[10:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_keeps_for_backward_what_linear_keeps(kind, generator):
+    basis = make_basis(kind, 16, 24, generator, torch.float32)
+    layer = SparseGradLinear.from_linear(nn.Linear(16, 24), basis)
+    x = torch.randn(10, 16, generator=generator, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    own = {t.data_ptr() for t in [x, layer.weight, *layer.buffers()]}
+    assert {t.data_ptr() for t in kept} <= own
+    layer.delta.requires_grad_(False)
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    assert x.data_ptr() not in {t.data_ptr() for t in kept}
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("kind", BASES)
+def test_compile_fullgraph(space, kind, generator):
+    linear, x, g = problem(generator)
+    eager = SparseGradLinear.from_linear(
+        linear, make_basis(kind, 7, 11, generator), k=9, weight_space=space
+    )
+    inner = copy.deepcopy(eager)
+    compiled = torch.compile(inner, fullgraph=True)
+    optimizers = [SparseAdam(m.parameters(), lr=0.05) for m in (eager, inner)]
+    for _ in range(3):
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        for module, value, optimizer in zip((eager, compiled), inputs, optimizers, strict=True):
+            optimizer.zero_grad()
+            module(value).backward(g)
+            optimizer.step()
+        torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+        assert sparse_parameter(inner).grad.layout is torch.sparse_coo
+    assert not torch.equal(inner.dense_weight(), linear.weight)
+    torch.testing.assert_close(inner.dense_weight(), eager.dense_weight())
+    torch.testing.assert_close(inner.bias, eager.bias)
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("kind", BASES)
+def test_autocast(space, kind, generator):
+    linear = nn.Linear(16, 24)
+    basis = make_basis(kind, 16, 24, generator, torch.float32)
+    layer = SparseGradLinear.from_linear(linear, basis, k=300, weight_space=space)
+    x = torch.randn(20, 16, generator=generator, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+        y.float().square().sum().backward()  # also inside the context
+    assert y.dtype == torch.bfloat16
+    assert x.grad.dtype == layer.bias.grad.dtype == torch.float32
+    gradient = sparse_parameter(layer).grad.coalesce()
+    assert gradient.dtype == torch.float32
+    # Fold, in the next forward, in full precision although autocast is on.
+    SparseAdam(layer.parameters(), lr=1e-3).step()
+    expected = copy.deepcopy(layer).dense_weight()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x)
+    assert torch.equal(layer.dense_weight(), expected)
+    assert layer.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant, generator):
+    linear, x, g = problem(generator)
+    basis = make_basis("full", 7, 11, generator)
+    layers = [SparseGradLinear.from_linear(linear, basis, k=9) for _ in range(2)]
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    layers[0](inputs[0]).backward(g)
+    checkpoint(layers[1], inputs[1], use_reentrant=reentrant).backward(g)
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
+    assert torch.equal(layers[0].delta.grad.to_dense(), layers[1].delta.grad.to_dense())
+
+
+def stepped(generator, kind="full", space="original"):
+    """A layer with an update that is not yet folded, and the weight before."""
+    linear, x, g = problem(generator)
+    layer = SparseGradLinear.from_linear(
+        linear, make_basis(kind, 7, 11, generator), k=9, weight_space=space
+    )
+    layer(x).backward(g)
+    SparseAdam(layer.parameters(), lr=0.1).step()
+    wanted = linear.weight.detach().clone()
+    if layer.delta is not None:
+        assert layer.delta.abs().sum() > 0
+        update = layer.delta.detach()
+        wanted += update if layer.basis is None else layer.basis.v.T @ update @ layer.basis.u
+    else:
+        wanted = copy.deepcopy(layer).dense_weight()
+    return layer, wanted, x
+
+
+READERS = {
+    "forward": lambda layer, x: (layer(x), layer)[1],
+    "weight": lambda layer, x: (layer.weight, layer)[1],
+    "state_dict": lambda layer, x: (layer.state_dict(), layer)[1],
+    "eval": lambda layer, x: layer.eval(),
+    "deepcopy": lambda layer, x: copy.deepcopy(layer),
+    "copy": lambda layer, x: copy.copy(layer),
+    "pickle": lambda layer, x: pickle.loads(pickle.dumps(layer)),
+    "to": lambda layer, x: layer.to(torch.float64),
+    "fold": lambda layer, x: (layer.fold(), layer)[1],
+}
+
+
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("reader", READERS)
+def test_every_reader_sees_the_folded_weight(kind, reader, generator):
+    layer, wanted, x = stepped(generator, kind)
+    read = READERS[reader](layer, x)
+    torch.testing.assert_close(read._parameters["weight"].detach(), wanted)
+    assert (read.delta == 0).all()
+    torch.testing.assert_close(read.to_linear().weight.detach(), wanted)
+    assert read.k == layer.k
+
+
+def test_folds_once(generator):
+    layer, wanted, _ = stepped(generator)
+    for _ in range(3):
+        layer.fold()
+        torch.testing.assert_close(layer.weight.detach(), wanted)
+
+
+def test_forward_in_inference_mode_folds(generator):
+    layer, wanted, x = stepped(generator)
+    with torch.inference_mode():
+        y = layer(x)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, wanted, layer.bias).detach())
+    torch.testing.assert_close(layer.weight.detach(), wanted)
+    layer(x).sum().backward()
+
+
+@pytest.mark.parametrize(
+    "make", [torch.optim.SparseAdam, lambda p, lr: torch.optim.SGD(p, lr=lr)], ids=["adam", "sgd"]
+)
+def test_foreign_optimizers(make, generator):
+    linear, x, g = problem(generator)
+    basis = make_basis("full", 7, 11, generator)
+    layer = SparseGradLinear.from_linear(linear, basis, k=9)
+    optimizer = make([layer.delta], lr=0.1)
+    for _ in range(2):
+        layer(x).backward(g)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert layer.delta.abs().sum() > 0
+    assert (layer.weight - linear.weight).abs().max() > 0.01
+    assert (layer.delta == 0).all()
+
+
+def test_dense_write_into_delta_is_folded(generator):
+    linear, _, _ = problem(generator)
+    basis = make_basis("truncated", 7, 11, generator)
+    layer = SparseGradLinear.from_linear(linear, basis, k=1)
+    update = torch.randn(layer.delta.shape, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        layer.delta.copy_(update)
+    torch.testing.assert_close(
+        layer.weight.detach(), linear.weight.detach() + basis.v.T @ update @ basis.u
+    )
+
+
+def test_second_backward_before_the_step_adds_up(generator):
+    linear, x, g = problem(generator)
+    layer = SparseGradLinear.from_linear(linear, make_basis("full", 7, 11, generator), k=9)
+    parts = []
+    for scale in (1.0, -0.3):
+        layer.zero_grad()
+        layer(x * scale).backward(g)
+        parts.append(layer.delta.grad.to_dense())
+    layer.zero_grad()
+    for scale in (1.0, -0.3):
+        layer(x * scale).backward(g)
+    torch.testing.assert_close(layer.delta.grad.to_dense(), parts[0] + parts[1])
+
+
+def test_backward_after_the_weight_changed_is_an_error(generator):
+    layer, _, x = stepped(generator)
+    y = layer(x.requires_grad_())
+    with torch.no_grad():
+        layer.delta[0, 0] = 1.0
+    layer(x)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_state_dict_is_that_of_a_linear(generator):
+    layer, wanted, x = stepped(generator)
+    linear = nn.Linear(7, 11).double()
+    linear.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(linear.weight.detach(), wanted)
+    torch.testing.assert_close(linear(x), layer(x))
+    assert set(layer.state_dict()) == {"weight", "bias"}
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loads_a_linear_and_drops_what_was_pending(assign, generator):
+    layer, _, x = stepped(generator)
+    linear = nn.Linear(7, 11).double()
+    result = layer.load_state_dict(linear.state_dict(), assign=assign)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    torch.testing.assert_close(layer(x), linear(x))
+    assert not layer.weight.requires_grad
+    assert layer.delta.requires_grad
+
+
+def test_transformed_state_dict_has_the_basis(generator):
+    layer, wanted, x = stepped(generator, "truncated", "transformed")
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    other = SparseGradLinear(
+        7,
+        11,
+        make_basis("truncated", 7, 11, generator),
+        k=9,
+        weight_space="transformed",
+        dtype=torch.float64,
+    )
+    assert not torch.allclose(other(x), layer(x))
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    torch.testing.assert_close(other(x), layer(x))
+    torch.testing.assert_close(other.dense_weight(), wanted)
+    with pytest.raises(RuntimeError, match=r"Missing key.*u"):
+        other.load_state_dict({"weight": layer.weight, "bias": layer.bias})
+
+
+def test_layers_share_a_basis_through_moves_and_copies(generator):
+    basis = make_basis("full", 8, 8, generator, torch.float32)
+    model = nn.Sequential(*(SparseGradLinear.from_linear(nn.Linear(8, 8), basis) for _ in range(2)))
+    assert model[0].basis is model[1].basis is basis
+    for moved in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), model.double()):
+        assert moved[0].basis is moved[1].basis
+        assert moved[0].basis.u.data_ptr() == moved[1].basis.u.data_ptr()
+    assert model[0].basis.u.dtype == torch.float64
+
+
+def test_construction(generator):
+    layer = SparseGradLinear(20, 30, bias=False)
+    assert layer.bias is None
+    assert layer.k == 6
+    assert layer(torch.randn(2, 20)).shape == (2, 30)
+    assert layer.to_linear().bias is None
+    assert "in_features=20, out_features=30, bias=False, k=6" in repr(layer)
+    frozen = nn.Linear(4, 4)
+    frozen.bias.requires_grad_(False)
+    converted = SparseGradLinear.from_linear(frozen.eval())
+    assert not converted.training
+    assert not converted.bias.requires_grad
+    assert converted.k == 1
+    before = frozen.weight.clone()
+    with torch.no_grad():
+        converted.delta.fill_(1.0)
+    converted.fold()
+    assert torch.equal(frozen.weight, before)
+
+
+def test_without_input_gradient_and_when_frozen(generator):
+    linear, x, g = problem(generator)
+    layer = SparseGradLinear.from_linear(linear, make_basis("full", 7, 11, generator), k=9)
+    layer(x).backward(g)
+    assert layer.delta.grad._nnz() == 9
+    layer.delta.requires_grad_(False)
+    layer.zero_grad()
+    x.requires_grad_()
+    layer(x).backward(g)
+    assert layer.delta.grad is None
+    torch.testing.assert_close(x.grad, g @ linear.weight)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_bad_step_is_seen(value, generator):
+    linear, x, g = problem(generator)
+    layer = SparseGradLinear.from_linear(linear, k=3)
+    g[0, 0, 0] = value
+    layer(x).backward(g)
+    assert not layer.delta.grad._values().isfinite().all()
+
+
+def test_empty_batch(generator):
+    layer = SparseGradLinear(7, 11, make_basis("full", 7, 11, generator, torch.float32), k=9)
+    x = torch.empty(0, 3, 7, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == (0, 3, 11)
+    assert x.grad.shape == x.shape
+    assert (layer.delta.grad.to_dense() == 0).all()
+
+
+def test_bad_input(generator):
+    basis = make_basis("full", 7, 11, generator, torch.float32)
+    with pytest.raises(ValueError, match="its u has 7 columns, the layer needs 8"):
+        SparseGradLinear(8, 11, basis)
+    with pytest.raises(ValueError, match="its v has 11 columns, the layer needs 12"):
+        SparseGradLinear(7, 12, basis)
+    with pytest.raises(TypeError, match="basis must be a Basis or None, got Tensor"):
+        SparseGradLinear(7, 11, basis.u)
+    with pytest.raises(ValueError, match=r"density must lie in \(0, 1\], got 0"):
+        SparseGradLinear(7, 11, density=0)
+    with pytest.raises(ValueError, match="k must be at least 1, got 0"):
+        SparseGradLinear(7, 11, k=0)
+    with pytest.raises(TypeError, match="k must be an int or None, got float"):
+        SparseGradLinear(7, 11, k=2.0)
+    with pytest.raises(ValueError, match="weight_space must be"):
+        SparseGradLinear(7, 11, weight_space="other")
+    with pytest.raises(TypeError, match="linear must be an nn.Linear, got Conv1d"):
+        SparseGradLinear.from_linear(nn.Conv1d(1, 1, 1))
+    with pytest.raises(ValueError, match=r"input must have 7 features.* got shape \(2, 6\)"):
+        SparseGradLinear(7, 11)(torch.zeros(2, 6))
+
+
+def test_opcheck(generator):
+    linear, x, _ = problem(generator)
+    basis = make_basis("full", 7, 11, generator)
+    weight, bias, delta = linear.weight.detach(), linear.bias.detach(), torch.zeros(11, 7).double()
+    args = (x, weight, bias, delta, basis.u, basis.v, 9)
+    torch.library.opcheck(OPS._linear.default, args)
+    torch.library.opcheck(OPS._linear.default, (x.requires_grad_(), *args[1:]))
+    delta = torch.randn(11, 7, generator=generator, dtype=torch.float64)
+    torch.library.opcheck(OPS._fold_delta_.default, (weight, delta, basis.u, basis.v))
