@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -121,10 +122,12 @@ class Basis(nn.Module):
             self.u[:rank_in].clone(), self.v[:rank_out].clone(), self.energy_in, self.energy_out
         )
 
+    def matches(self, tensor: Tensor) -> bool:
+        """Whether the factors have the tensor's device and dtype."""
+        return self.u.dtype == tensor.dtype and self.u.device == tensor.device
+
     def matching(self, tensor: Tensor) -> Basis:
-        """This basis if it has the tensor's device and dtype, else a copy that has."""
-        if self.u.dtype == tensor.dtype and self.u.device == tensor.device:
-            return self
+        """Another basis with the tensor's device and dtype; memory is shared where it can be."""
         # A basis rounded to half precision is not orthonormal to the last bit: no check again.
         copied = Basis.__new__(Basis)
         nn.Module.__init__(copied)
@@ -250,7 +253,9 @@ class _TensorlyHosvd:
         from tensorly.decomposition import partial_tucker
 
         stacked = torch.stack(self.gradients, dim=-1)  # [out, in, steps * blocks]
-        with self._backend:
+        with self._backend, warnings.catch_warnings():
+            # It completes the factors where an unfolding has fewer columns than rows, and warns.
+            warnings.filterwarnings("ignore", message="Trying to compute SVD")
             # No iterations: its initialisation is the HOSVD itself.
             (core, (v, u)), _ = partial_tucker(
                 stacked, rank=list(stacked.shape[:2]), modes=[0, 1], n_iter_max=0, init="svd"

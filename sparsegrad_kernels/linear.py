@@ -316,7 +316,9 @@ class SparseGradLinear(nn.Module):
         # The optimizer's write into `delta` is noticed by its version; None: look at its content.
         self._folded_version: int | None = None
         # Shared by all layers of a group, also through `.to(device)`: a submodule is moved once.
-        self.basis = None if basis is None else basis.matching(weight)
+        if basis is not None and not basis.matches(weight):
+            basis = basis.matching(weight)
+        self.basis = basis
         if weight_space == "original":
             self.weight = nn.Parameter(weight, requires_grad=False)
             self.delta = nn.Parameter(weight.new_zeros(shape))
@@ -480,8 +482,7 @@ class SparseGradLinear(nn.Module):
                         f"checkpoint, {tuple(factor.shape)} in the layer's basis"
                     )
                 else:
-                    with torch.no_grad():
-                        factor.copy_(value)
+                    setattr(self.basis, name, value.detach().clone().to(factor))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
         )

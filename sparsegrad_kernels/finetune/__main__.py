@@ -53,7 +53,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--max-length", type=int, default=128, help="tokens at which a text is cut off")
     add("--group-by-length", action="store_true", help="batches of texts of similar length")
     add("--lr", type=float, help=f"learning rate; by method: {LEARNING_RATES}")
-    add("--seed", type=int, default=0, help="of the data's split and order, the head, dropout")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="of the data's order, the head, dropout (the split is fixed)",
+    )
     add("--device", help="cpu, cuda, cuda:1, ...; by default cuda if there is one")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     add("--out", metavar="DIR", help="a new folder; by default sparsegrad-out/<date and time>")
@@ -96,7 +101,7 @@ class Job:
             weight_space=args.weight_space,
         )
         self.pretrained: Pretrained = find_pretrained(args.model)
-        self.data: TextData = load_data(args.data, args.task, args.seed)
+        self.data: TextData = load_data(args.data, args.task)
         self.tokenizer = self.pretrained.tokenizer()
         self.train_ids = encode(self.tokenizer, self.data.train_texts, args.max_length)
         self.eval_ids = encode(self.tokenizer, self.data.eval_texts, args.max_length)

@@ -88,9 +88,7 @@ def _lora(model: nn.Module, names: list[str], config: SparseGradConfig, lr: floa
     from peft import LoraConfig, TaskType, get_peft_model
 
     modules = dict(model.named_modules())
-    shapes = [
-        linear_view(m, cast(torch.Tensor, m.weight)).shape for m in map(modules.get, names) if m
-    ]
+    shapes = [linear_view(modules[n], cast(torch.Tensor, modules[n].weight)).shape for n in names]
     entries = sum(config.density * out * in_ for out, in_ in shapes)
     rank = max(1, round(entries / sum(out + in_ for out, in_ in shapes)))
     lora = get_peft_model(
