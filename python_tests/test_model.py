@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from models import Plain, tiny, token_batches
 from torch import nn
 
@@ -221,3 +222,38 @@ def test_interrupted_save_leaves_the_old_file(generator, tmp_path, monkeypatch):
         save(model, path)
     assert path.read_bytes() == old
     assert [p.name for p in tmp_path.iterdir()] == ["saved"]
+
+
+def test_trainer(generator, tmp_path):
+    """transformers' Trainer: clipping, accumulation, checkpoints that from_pretrained loads."""
+    model = tiny("bert")
+    batches = token_batches(8, generator)
+    config = SparseGradConfig(density=0.05)
+    convert(model, fit_basis(model, batches, config, 4, progress=False), config)
+    rows = [{key: value[i] for key, value in b.items()} for b in batches for i in range(4)]
+    arguments = transformers.TrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        gradient_accumulation_steps=2,
+        gradient_checkpointing=True,
+        report_to=[],
+        use_cpu=True,
+        save_steps=2,
+        disable_tqdm=True,
+    )
+    before = copy.deepcopy(model).state_dict()
+    trainer = transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        optimizers=(SparseAdam(model.parameters(), lr=1e-2), None),
+    )
+    assert trainer.train().global_step == 4
+    name = "bert.encoder.layer.0.intermediate.dense.weight"
+    assert not torch.equal(model.state_dict()[name], before[name])
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "checkpoint-4"
+    )
+    torch.testing.assert_close(logits(loaded, batches[0]), logits(model, batches[0]))
+    trainer.args.max_steps = 6
+    assert trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2")).global_step == 6

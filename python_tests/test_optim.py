@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cases import orthogonal
-from sparsegrad_kernels import Basis, SparseAdam, SparseGradLinear, clip_grad_norm_
+from sparsegrad_kernels import Basis, SparseAdam, SparseGradLinear
 from sparsegrad_kernels.ops import topk_coo
 
 
@@ -172,21 +172,25 @@ def test_grad_scaler(generator):
 
 
 @pytest.mark.parametrize("max_norm", [0.5, 1e6])
-def test_clip_grad_norm(max_norm, generator):
-    a, b = nn.Parameter(torch.zeros(5, 6)), nn.Parameter(torch.zeros(3))
-    dense = torch.randn(5, 6, generator=generator)
-    kept = sparse(dense, 7).coalesce()
-    a.grad = torch.sparse_coo_tensor(  # each entry in two halves
+@pytest.mark.parametrize("norm_type", [2.0, 1.0, torch.inf])
+@pytest.mark.parametrize("foreach", [None, False])
+def test_torch_clips_sparse_gradients(max_norm, norm_type, foreach, generator):
+    ours, peer = ([nn.Parameter(torch.zeros(5, 6)), nn.Parameter(torch.zeros(3))] for _ in "ab")
+    kept = sparse(torch.randn(5, 6, generator=generator), 7).coalesce()
+    ours[0].grad = torch.sparse_coo_tensor(  # each entry in two halves
         kept.indices().repeat(1, 2), (kept.values() / 2).repeat(2), (5, 6), check_invariants=True
     )
-    b.grad = torch.randn(3, generator=generator)
-    wanted = [nn.Parameter(torch.zeros(5, 6)), nn.Parameter(torch.zeros(3))]
-    wanted[0].grad, wanted[1].grad = kept.to_dense(), b.grad.clone()
-    norm = torch.nn.utils.clip_grad_norm_(wanted, max_norm)
-    torch.testing.assert_close(clip_grad_norm_([a, b], max_norm), norm)
-    torch.testing.assert_close(a.grad.to_dense(), wanted[0].grad)
-    torch.testing.assert_close(b.grad, wanted[1].grad)
-    assert float(clip_grad_norm_(nn.Parameter(torch.zeros(2)), 1.0)) == 0.0
+    ours[1].grad = torch.randn(3, generator=generator)
+    peer[0].grad, peer[1].grad = kept.to_dense(), ours[1].grad.clone()
+    got, wanted = (
+        nn.utils.clip_grad_norm_(params, max_norm, norm_type, foreach=foreach)
+        for params in (ours, peer)
+    )
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(ours[0].grad.to_dense(), peer[0].grad)
+    torch.testing.assert_close(ours[1].grad, peer[1].grad)
+    with pytest.raises(ValueError, match="that of all its entries, got dim"):
+        torch.linalg.vector_norm(kept, dim=0)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from .basis import Basis, fit_basis
 from .config import SparseGradConfig
 from .linear import SparseGradLinear
 from .model import convert, load, merge, save
-from .optim import SparseAdam, clip_grad_norm_
+from .optim import SparseAdam
 
 __all__ = [
     "Basis",
@@ -14,7 +14,6 @@ __all__ = [
     "SparseGradConfig",
     "SparseGradLinear",
     "__version__",
-    "clip_grad_norm_",
     "convert",
     "fit_basis",
     "load",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, cast
 
 import torch
@@ -127,29 +126,14 @@ class SparseAdam(Optimizer):
         )
 
 
-@torch.no_grad()
-def clip_grad_norm_(parameters: Iterable[Tensor] | Tensor, max_norm: float) -> Tensor:
-    """`torch.nn.utils.clip_grad_norm_` (which refuses sparse gradients) for both kinds.
+def _norm_of_sparse(x: Tensor, ord=2, dim=None, keepdim=False, *, dtype=None) -> Tensor:
+    if dim is not None:
+        raise ValueError(f"the norm of a sparse tensor is that of all its entries, got dim={dim}")
+    return torch.linalg.vector_norm(x.coalesce().values(), ord, dtype=dtype)
 
-    Args:
-        parameters: with their gradients, which are scaled in place.
-        max_norm: what the Euclidean norm of all gradients together is brought down to.
 
-    Returns:
-        The norm before, a scalar tensor.
-    """
-    parameters = [parameters] if isinstance(parameters, Tensor) else parameters
-    parts = []
-    for param in parameters:
-        if param.grad is None:
-            continue
-        if param.grad.layout is torch.sparse_coo:
-            param.grad = param.grad.coalesce()  # a norm of entries given twice would be wrong
-            parts.append(param.grad._values())
-        else:
-            parts.append(param.grad)
-    total = torch.nn.utils.get_total_norm(parts)
-    scale = (max_norm / (total + 1e-6)).clamp(max=1.0)
-    for part in parts:
-        part.mul_(scale.to(part.device))
-    return total
+# PyTorch has no norm of COO tensors, which `torch.nn.utils.clip_grad_norm_` asks for, and so every
+# training loop that clips, the one of transformers' Trainer included.
+for _key in ("SparseCPU", "SparseCUDA"):
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("aten::linalg_vector_norm", _key):
+        torch.library.impl("aten::linalg_vector_norm", _key, _norm_of_sparse)

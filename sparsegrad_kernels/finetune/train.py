@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .. import clip_grad_norm_
 from .memory import PeakMemory
 
 
@@ -77,7 +76,7 @@ def train(
                 with autocast(device, dtype):
                     loss = model(**to_device(batch, device)).loss
                 loss.backward()
-                clip_grad_norm_(parameters, 1.0)
+                nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
                 schedule.step()
                 optimizer.zero_grad(set_to_none=True)
