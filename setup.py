@@ -119,6 +119,7 @@ class BuildKernels(build_ext):
         # Under a CUDA torch libtorch needs libtorch_cuda, and so lends it to this library, which
         # therefore also links, and later loads, where it was built beside a CPU-only torch.
         libraries = ["-cudart=shared", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        libraries += architectures
         return toolchain.find_nvcc()[0], [*NVCC_FLAGS, *architectures], libraries
 
 

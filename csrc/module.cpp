@@ -2,6 +2,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include "common.h"
+
 namespace {
 
 namespace py = pybind11;
@@ -14,12 +16,31 @@ const char* compiler() {
 #endif
 }
 
+// What `simd` in common.h was compiled for, and what it calls on this processor.
+py::tuple simd_compiled() {
+#if defined(SPARSEGRAD_AVX2)
+  return py::make_tuple("baseline", "avx2", "avx512");
+#else
+  return py::make_tuple("baseline");
+#endif
+}
+
+py::object simd_used() {
+#if defined(SPARSEGRAD_AVX2)
+  return simd_compiled()[sparsegrad::simd_level()];
+#else
+  return simd_compiled()[0];
+#endif
+}
+
 py::dict build_info() {
   py::dict info;
   info["version"] = SPARSEGRAD_VERSION;
   info["torch"] = SPARSEGRAD_TORCH;
   info["compiler"] = compiler();
   info["flags"] = SPARSEGRAD_FLAGS;
+  info["simd_compiled"] = simd_compiled();
+  info["simd_used"] = simd_used();
   info["cuda_architectures"] = SPARSEGRAD_CUDA_ARCHITECTURES;
   return info;
 }

@@ -1,6 +1,7 @@
 """SparseGrad (EMNLP 2024): fine-tune MLP layers with about 1% of the weight gradient."""
 
 from . import ops
+from ._backends import backends
 from ._version import __version__
 from .basis import Basis, fit_basis
 from .config import SparseGradConfig
@@ -14,6 +15,7 @@ __all__ = [
     "SparseGradConfig",
     "SparseGradLinear",
     "__version__",
+    "backends",
     "clip_grad_norm_",
     "convert",
     "fit_basis",
