@@ -1,7 +1,7 @@
 """SparseGrad (EMNLP 2024): fine-tune MLP layers with about 1% of the weight gradient."""
 
 from . import ops
-from ._backends import backends
+from ._backends import Backend, backends
 from ._version import __version__
 from .basis import Basis, fit_basis
 from .config import SparseGradConfig
@@ -10,6 +10,7 @@ from .model import convert, load, merge, save
 from .optim import SparseAdam, clip_grad_norm_
 
 __all__ = [
+    "Backend",
     "Basis",
     "SparseAdam",
     "SparseGradConfig",

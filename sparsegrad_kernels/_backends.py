@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.util
 import json
@@ -59,7 +60,7 @@ def _load_cuda() -> tuple[str, dict[str, Any]]:
     if torch.version.cuda is None:
         raise _Unavailable(f"torch {torch.__version__} is built without CUDA")
     path = _find("cuda", "_C_cuda")
-    torch.ops.load_library(path)
+    ctypes.CDLL(path)
     return f"from {path}", {}
 
 
@@ -103,7 +104,7 @@ def _load_all(forced: str) -> dict[str, Backend]:
             if forced:
                 raise ImportError(f"SPARSEGRAD_BACKEND={forced}: {error}") from error
             if not isinstance(error, _Unavailable):
-                warnings.warn(f"the {name} kernels did not load: {error}", stacklevel=2)
+                warnings.warn(f"the {name} kernels did not load: {error}", RuntimeWarning, 2)
             found[name] = Backend(name, False, str(error))
     return found
 
