@@ -136,11 +136,11 @@ def ninja_file(compiles: list[Compile], target: Path, link: list[str]) -> str:
     def shell(command: list[str]) -> str:
         return shlex.join(command).replace("$", "$$")
 
-    lines = ["rule compile", "  command = $command -MD -MF $out.d", "  depfile = $out.d"]
-    lines += ["  deps = gcc", "rule link", "  command = $command"]
+    lines = ["rule compile", "  command = $shell -MD -MF $out.d", "  depfile = $out.d"]
+    lines += ["  deps = gcc", "rule link", "  command = $shell"]
     for one in compiles:
         lines.append(f"build {path(one.target)}: compile {path(one.source)}")
-        lines.append(f"  command = {shell(one.command)}")
+        lines.append(f"  shell = {shell(one.command)}")
     lines.append(f"build {path(target)}: link {' '.join(path(one.target) for one in compiles)}")
-    lines.append(f"  command = {shell(link)}")
+    lines.append(f"  shell = {shell(link)}")
     return "\n".join(lines) + "\n"
