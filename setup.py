@@ -110,7 +110,7 @@ class BuildKernels(build_ext):
             "TORCH": torch_version,
             "CUDA_ARCHITECTURES": "" if "cuda" in WHY_NOT else toolchain.cuda_architectures(),
         }
-        flags += [f'-DSPARSEGRAD_{name}="{value}"' for name, value in build_info.items()]
+        flags += [f"-DSPARSEGRAD_{name}={json.dumps(value)}" for name, value in build_info.items()]
         libraries = ["-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))]
         return toolchain.find_cxx()[0], flags, libraries
 

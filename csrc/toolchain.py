@@ -36,7 +36,7 @@ def find_cxx() -> tuple[list[str], str]:
     """The C++ compiler's command, or none and the reason."""
     if sys.platform != "linux":
         return [], "the C++ kernels are built on Linux only"
-    wanted = os.environ.get("CXX")
+    wanted = os.environ.get("CXX", "").strip()
     for candidate in [wanted] if wanted else ["c++", "g++", "clang++"]:
         command = shlex.split(candidate)
         if shutil.which(command[0]):
@@ -51,8 +51,9 @@ def find_nvcc() -> tuple[list[str], str]:
     if nvcc is None:
         where = f"in CUDA_HOME={home}" if home else "on PATH, and CUDA_HOME is not set"
         return [], f"no CUDA compiler: nvcc is not {where}"
-    host = shlex.split(os.environ.get("CXX", ""))[-1:]
-    return [nvcc, *(f"-ccbin={compiler}" for compiler in host)], ""
+    # Of "ccache g++ -m64" it is g++.
+    host = [word for word in shlex.split(os.environ.get("CXX", "")) if not word.startswith("-")]
+    return [nvcc, *(f"-ccbin={word}" for word in host[-1:])], ""
 
 
 def cuda_architectures() -> str:
@@ -119,7 +120,7 @@ def run(compiles: list[Compile], target: Path, link: list[str], folder: Path) ->
     """Compile in parallel, then link. Raises subprocess.CalledProcessError."""
     folder.mkdir(parents=True, exist_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    ninja, jobs = shutil.which("ninja"), number_of_jobs()
+    ninja, jobs = find_ninja(), number_of_jobs()
     if ninja:
         (folder / "build.ninja").write_text(ninja_file(compiles, target, link))
         subprocess.run([ninja, "-j", str(jobs)], cwd=folder, check=True)
@@ -127,6 +128,13 @@ def run(compiles: list[Compile], target: Path, link: list[str], folder: Path) ->
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(lambda one: subprocess.run(one.command, check=True), compiles))
     subprocess.run(link, check=True)
+
+
+def find_ninja() -> str | None:
+    ninja = shutil.which("ninja")
+    # What is found may be a pyenv shim for a ninja that another Python has.
+    works = ninja and subprocess.run([ninja, "--version"], capture_output=True).returncode == 0
+    return ninja if works else None
 
 
 def ninja_file(compiles: list[Compile], target: Path, link: list[str]) -> str:

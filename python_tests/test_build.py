@@ -12,6 +12,7 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -143,6 +144,7 @@ def test_compilers_that_variables_name(toolchain, tools, tmp_path, monkeypatch):
     put(tools, "c++", "nvcc", "ccache")
     monkeypatch.setenv("CXX", "ccache my-g++ -m64")
     assert toolchain.find_cxx()[0] == ["ccache", "my-g++", "-m64"]
+    assert toolchain.find_nvcc()[0] == [str(tools / "nvcc"), "-ccbin=my-g++"]
     monkeypatch.setenv("CXX", "my-g++")
     assert toolchain.find_cxx() == ([], "no C++ compiler: CXX=my-g++ not found")
     assert toolchain.find_nvcc()[0] == [str(tools / "nvcc"), "-ccbin=my-g++"]
@@ -196,7 +198,7 @@ def test_odd_paths_dependencies_and_failures(toolchain, ninja, tmp_path, monkeyp
     found = {tool: shutil.which(tool, path=SYSTEM_PATH) for tool in ("c++", "ninja")}
     if None in found.values():
         pytest.skip(f"not found: {found}")
-    monkeypatch.setattr(shutil, "which", lambda name: found["ninja"] if ninja else None)
+    monkeypatch.setattr(toolchain, "find_ninja", lambda: found["ninja"] if ninja else None)
     monkeypatch.setenv("PATH", SYSTEM_PATH)
     source, header = tmp_path / "an $odd: name.cpp", tmp_path / "one.h"
     source.write_text('#include "one.h"\nextern "C" const char* one() { return ONE TEXT; }\n')
@@ -213,6 +215,14 @@ def test_odd_paths_dependencies_and_failures(toolchain, ninja, tmp_path, monkeyp
     header.write_text("#error no")
     with pytest.raises(subprocess.CalledProcessError):
         toolchain.run(compiles, tmp_path / "lib 1/one.so", link, folder)
+
+
+def test_a_ninja_that_does_not_run_is_not_used(toolchain, tools):
+    assert toolchain.find_ninja() is None
+    put(tools, "ninja")
+    assert toolchain.find_ninja() is None
+    (tools / "ninja").write_text("#!/bin/sh\n")
+    assert toolchain.find_ninja() == str(tools / "ninja")
 
 
 @pytest.mark.skipif(not backends()["cpp"].loaded, reason="the C++ kernels are not loaded")
@@ -263,3 +273,141 @@ def test_refused_build_says_why(source, tmp_path):
     assert result.returncode == 1
     assert "error: sparsegrad_kernels._C did not compile" in result.stdout + result.stderr
     assert not list(tmp_path.glob("*.whl"))
+
+
+# ---- Slow: build isolation, and one wheel under two versions of torch ----
+
+NEEDS = ("numpy", "safetensors", "tqdm", "triton", "pytest", "hypothesis", "pybind11", "ninja")
+
+
+@pytest.fixture(scope="session")
+def environments(tmp_path_factory) -> dict[str, Path]:
+    """The Python of an environment with each torch, without this package; "pip": the newest pip."""
+    pythons = {}
+    for name, needs in [(v, (f"torch=={v}", *NEEDS)) for v in TORCH_VERSIONS] + [("pip", ("pip",))]:
+        folder = tmp_path_factory.mktemp("environment")
+        venv.create(folder, with_pip=True)
+        pythons[name] = folder / "bin/python"
+        result = pip(pythons[name], "install", "--upgrade", *needs)
+        assert result.returncode == 0, result.stderr
+    return pythons
+
+
+@pytest.fixture
+def isolated(environments, tmp_path):
+    """pip, where it builds in isolation, takes the torch that `environments` has on disk."""
+    constraint = tmp_path / "constraint.txt"
+    constraint.write_text(f"torch=={TORCH_VERSIONS[0]}\n")
+    names = ("PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")
+    python = environments[TORCH_VERSIONS[0]]
+
+    def install(*args: object, newest_pip: bool = False, **environment: str) -> dict:
+        environment |= dict.fromkeys(names, str(constraint))
+        options = ("install", "--no-deps", "--force-reinstall", *args)
+        if newest_pip:
+            result = pip(environments["pip"], "--python", python, *options, **environment)
+        else:
+            result = pip(python, *options, **environment)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return installed(python)
+
+    yield install
+    pip(python, "uninstall", "--yes", "sparsegrad_kernels")
+
+
+def installed(python: Path) -> dict:
+    """What the package that this Python imports says of itself."""
+    code = """
+import json, pathlib, sparsegrad_kernels as s
+folder = pathlib.Path(s.__file__).parent
+print(json.dumps({
+    "folder": str(folder),
+    "libraries": sorted(p.name.partition(".")[0] for p in folder.glob("*.so")),
+    "record": json.loads((folder / "_build.json").read_text()),
+    "loaded": [k for k, v in s.backends().items() if v.loaded],
+    "reasons": {k: v.reason for k, v in s.backends().items()},
+}))"""
+    result = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd="/")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def check_compiled(found: dict, nvcc: bool) -> None:
+    assert found["loaded"] == ["reference", "cpp"]
+    if nvcc and any(ROOT.glob("csrc/cuda/*.cu")):
+        assert found["libraries"] == ["_C", "_C_cuda"]
+        assert found["record"] == {}
+    else:
+        assert found["libraries"] == ["_C"]
+        assert list(found["record"]) == ["cuda"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("newest_pip", [False, True])
+def test_isolated_install(isolated, source, newest_pip):
+    check_compiled(isolated(source, newest_pip=newest_pip), nvcc=shutil.which("nvcc") is not None)
+
+
+@pytest.mark.slow
+def test_isolated_install_without_nvcc(isolated, source):
+    if shutil.which("nvcc", path=os.defpath):
+        pytest.skip("nvcc is beside the C++ compiler")
+    check_compiled(isolated(source, PATH=os.defpath), nvcc=False)
+
+
+@pytest.mark.slow
+def test_isolated_install_without_a_visible_gpu(isolated, source):
+    found = isolated(source, CUDA_VISIBLE_DEVICES="")
+    check_compiled(found, nvcc=shutil.which("nvcc") is not None)
+
+
+@pytest.mark.slow
+def test_isolated_install_without_a_compiler(isolated, source, tmp_path):
+    found = isolated(source, PATH=str(tmp_path))
+    assert found["libraries"] == []
+    assert found["loaded"] == ["reference"]
+    assert found["reasons"]["cpp"] == "not built: no C++ compiler: c++, g++ or clang++ not found"
+
+
+@pytest.mark.slow
+def test_isolated_install_of_the_sdist(isolated, environments, source, tmp_path):
+    code = f"import setuptools.build_meta as b; print(b.build_sdist({str(tmp_path)!r}))"
+    python = environments[TORCH_VERSIONS[0]]
+    subprocess.run([python, "-c", code], cwd=source, check=True, capture_output=True)
+    (sdist,) = tmp_path.glob("*.tar.gz")
+    check_compiled(isolated(sdist), nvcc=shutil.which("nvcc") is not None)
+
+
+@pytest.mark.slow
+def test_isolated_editable_install(isolated, source):
+    found = isolated("--editable", source)
+    check_compiled(found, nvcc=shutil.which("nvcc") is not None)
+    assert found["folder"] == str(source / "sparsegrad_kernels")
+    # The older build's libraries do not outlive it.
+    found = isolated("--editable", source, SPARSEGRAD_BUILD="python")
+    assert found["libraries"] == []
+    assert found["record"] == dict.fromkeys(("cpp", "cuda"), "SPARSEGRAD_BUILD=python")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("built", "used"), [TORCH_VERSIONS, TORCH_VERSIONS[::-1]])
+def test_wheel_of_one_torch_passes_under_another(environments, source, tmp_path, built, used):
+    options = ("--no-build-isolation", "--no-deps", "--wheel-dir", tmp_path)
+    result = pip(environments[built], "wheel", *options, source, SPARSEGRAD_BUILD="cpu")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    python = environments[used]
+    result = pip(python, "install", "--no-deps", "--force-reinstall", wheel)
+    assert result.returncode == 0, result.stderr
+    # Beside the tests there is no source tree: they import what was installed.
+    tests = shutil.copytree(ROOT / "python_tests", tmp_path / "tests")
+    result = subprocess.run(
+        [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"test_{op}.py" for op in OPS)],
+        env={**os.environ, "SPARSEGRAD_BACKEND": "cpp", "PYTHONPATH": ""},
+        cwd=tests,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert " passed" in result.stdout
+    print(f"built against {built}, under {used}:", result.stdout.splitlines()[-1])

@@ -78,8 +78,8 @@ def _find(backend: str, library: str) -> str:
     record = _FOLDER / "_build.json"
     if not record.exists():
         raise _Unavailable("not built: this is a source tree; install it with pip")
-    why_not = json.loads(record.read_text())
-    raise _Unavailable(f"not built: {why_not.get(backend, f'but {library} is missing')}")
+    why_not = json.loads(record.read_text()).get(backend)
+    raise _Unavailable(f"not built: {why_not}" if why_not else f"built, but not in {_FOLDER}")
 
 
 _LOADERS: dict[str, Callable[[], tuple[str, dict[str, Any]]]] = {
