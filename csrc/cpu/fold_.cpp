@@ -11,6 +11,7 @@ namespace sparsegrad {
 namespace {
 
 constexpr int64_t kPanel = 64;       // columns multiplied at a time, in registers
+constexpr int64_t kTogether = 4;     // panels copied together
 constexpr int64_t kGrain = 1 << 14;  // entries worth a thread
 
 // ---- Without a basis ----
@@ -92,35 +93,72 @@ struct Grouped {
   }
 };
 
-// out[o] = sum of value * b[kept[inner]] over the entries of group o, a panel of columns at a time.
+// n elements of any stride, converted.
+template <class W, class T>
+void copy_run(const T* from, int64_t n, int64_t stride, W* to) {
+  if (stride == 1) {
+    std::transform(from, from + n, to, [](T value) { return static_cast<W>(value); });
+  } else {
+    for (int64_t j = 0; j < n; ++j) {
+      to[j] = static_cast<W>(from[j * stride]);
+    }
+  }
+}
+
+// 64 bytes, which the compiler splits over whatever registers there are. Written out, since gcc
+// would rather unroll the loop over entries into a loop over columns than use vectors for it.
+template <class W>
+struct Vector {
+  typedef W type __attribute__((vector_size(64)));
+};
+
+// sum = the entries [begin, end) of D times their rows of the panel.
+template <class W>
+SPARSEGRAD_INLINE inline void add_group(
+    const Grouped<W>& d, int64_t begin, int64_t end, const W* panel, W* sum) {
+  using V = typename Vector<W>::type;
+  constexpr int64_t kVectors = kPanel * sizeof(W) / sizeof(V);
+  V total[kVectors] = {};
+  for (int64_t e = begin; e < end; ++e) {
+    const W* row = panel + d.inner[e] * kPanel;
+    for (int64_t j = 0; j < kVectors; ++j) {
+      V part;
+      std::memcpy(&part, row + j * (kPanel / kVectors), sizeof(part));
+      total[j] += d.values[e] * part;
+    }
+  }
+  std::memcpy(sum, total, sizeof(total));
+}
+
+// out[o] = sum of value * b[kept[inner]] over the entries of group o. A few panels of columns are
+// copied together (b is read in longer pieces), then multiplied one by one, each from the cache.
 template <class W, class T>
 void sparse_times(
     const Grouped<W>& d, Matrix<const T> b, const std::vector<int64_t>& kept, Matrix<W> out) {
-  const int64_t n_panels = (b.cols + kPanel - 1) / kPanel, n_kept = static_cast<int64_t>(kept.size());
-  for_range(n_panels, 1, [&](int64_t first, int64_t last) {
-    std::vector<W> panel(n_kept * kPanel);
-    for (int64_t begin = first * kPanel; begin < std::min(last * kPanel, b.cols); begin += kPanel) {
-      const int64_t width = std::min(kPanel, b.cols - begin);
-      simd([&]() SPARSEGRAD_INLINE {
-        for (int64_t i = 0; i < n_kept; ++i) {
-          for (int64_t j = 0; j < width; ++j) {
-            panel[i * kPanel + j] = static_cast<W>(b(kept[i], begin + j));
-          }
+  const int64_t n_kept = static_cast<int64_t>(kept.size());
+  const int64_t n_panels = (b.cols + kPanel - 1) / kPanel;
+  for_range(n_panels, 1, [&](int64_t first_panel, int64_t last_panel) {
+    const int64_t together = std::min(kTogether, last_panel - first_panel);
+    std::vector<W> panels(together * n_kept * kPanel);
+    for (int64_t first = first_panel; first < last_panel; first += together) {
+      const int64_t begin = first * kPanel;
+      const int64_t end = std::min(std::min(first + together, last_panel) * kPanel, b.cols);
+      for (int64_t i = 0; i < n_kept; ++i) {
+        for (int64_t j = begin; j < end; j += kPanel) {
+          W* to = panels.data() + (j - begin) * n_kept + i * kPanel;
+          copy_run(&b(kept[i], j), std::min(kPanel, end - j), b.col_stride, to);
         }
-        for (int64_t o = 0; o < out.rows; ++o) {
-          W sum[kPanel] = {};
-          for (int64_t e = d.begins[o]; e < d.begins[o + 1]; ++e) {
-            const W value = d.values[e];
-            const W* row = panel.data() + d.inner[e] * kPanel;
-            for (int64_t j = 0; j < kPanel; ++j) {
-              sum[j] += value * row[j];
-            }
+      }
+      for (int64_t j = begin; j < end; j += kPanel) {
+        const W* panel = panels.data() + (j - begin) * n_kept;
+        simd([&]() SPARSEGRAD_INLINE {
+          for (int64_t o = 0; o < out.rows; ++o) {
+            W sum[kPanel];
+            add_group(d, d.begins[o], d.begins[o + 1], panel, sum);
+            std::copy_n(sum, std::min(kPanel, end - j), &out(o, j));
           }
-          for (int64_t j = 0; j < width; ++j) {
-            out(o, begin + j) = sum[j];
-          }
-        }
-      });
+        });
+      }
     }
   });
 }
@@ -137,9 +175,7 @@ Tensor gather_rows(const Tensor& basis, const std::vector<int64_t>& kept, Scalar
   const Matrix<W> to = mutable_matrix<W>(out);
   for_range(n, std::max<int64_t>(1, kGrain / from.cols), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      for (int64_t j = 0; j < from.cols; ++j) {
-        to(i, j) = static_cast<W>(from(kept[i], j));
-      }
+      copy_run(from.row(kept[i]), from.cols, from.col_stride, to.row(i));
     }
   });
   return out;

@@ -6,63 +6,54 @@ namespace {
 constexpr int64_t kBlock = 32;      // elements looked at together
 constexpr int64_t kRun = 8192;      // elements between two looks at the room left
 constexpr int64_t kSlack = 1 << 16;  // candidates held beyond 2 k
-constexpr int kDigit = 11;
+constexpr int kDigit = 11;           // bits of a digit of the radix selection
+constexpr int64_t kSmall = 2048;     // entries from which no further digit is worth it
 
 }  // namespace
 
 template <class Key>
 Threshold<Key> kth_largest(const std::vector<Span<Key>>& parts, int64_t k, Key infinity) {
-  std::vector<Key> ranks;
   int64_t n = 0;
   for (const Span<Key>& part : parts) {
     n += part.size;
   }
+  // The first digit is read from the parts, the others from what is left of them.
   int shift = std::numeric_limits<Key>::digits;
-  if (n > 4096) {  // the first digit, without a copy of all
-    shift -= kDigit;
-    std::array<int64_t, 1 << kDigit> counts{};
-    for (const Span<Key>& part : parts) {
-      for (int64_t i = 0; i < part.size; ++i) {
-        ++counts[rank_of(part.data[i], infinity) >> shift];
-      }
-    }
-    int digit = (1 << kDigit) - 1;
-    for (; k > counts[digit]; --digit) {
-      k -= counts[digit];
-    }
-    ranks.reserve(counts[digit]);
-    for (const Span<Key>& part : parts) {
-      for (int64_t i = 0; i < part.size; ++i) {
-        const Key rank = rank_of(part.data[i], infinity);
-        if (rank >> shift == digit) {
-          ranks.push_back(rank);
-        }
-      }
-    }
-  } else {
-    ranks.reserve(n);
-    for (const Span<Key>& part : parts) {
-      for (int64_t i = 0; i < part.size; ++i) {
-        ranks.push_back(rank_of(part.data[i], infinity));
-      }
-    }
-  }
-  while (ranks.size() > 4096 && shift > 0) {
+  std::vector<Key> ranks;
+  const auto narrow_down = [&](const auto& for_each) {
     const int bits = std::min(shift, kDigit);
     shift -= bits;
-    const Key mask = static_cast<Key>((1 << bits) - 1);
+    const int mask = (1 << bits) - 1;
     std::array<int64_t, 1 << kDigit> counts{};
-    for (const Key rank : ranks) {
-      ++counts[(rank >> shift) & mask];
-    }
-    int digit = (1 << bits) - 1;
+    for_each([&](Key rank) { ++counts[static_cast<int>(rank >> shift) & mask]; });
+    int digit = mask;
     for (; k > counts[digit]; --digit) {
       k -= counts[digit];
     }
-    std::erase_if(ranks, [&](Key rank) { return ((rank >> shift) & mask) != digit; });
+    std::vector<Key> bucket(counts[digit] + 1);
+    int64_t size = 0;
+    for_each([&](Key rank) {  // one more is written than kept
+      bucket[size] = rank;
+      size += (static_cast<int>(rank >> shift) & mask) == digit;
+    });
+    bucket.resize(size);
+    ranks = std::move(bucket);
+  };
+  const auto for_parts = [&](const auto& take) {
+    for (const Span<Key>& part : parts) {
+      for (int64_t i = 0; i < part.size; ++i) {
+        take(rank_of(part.data[i], infinity));
+      }
+    }
+  };
+  if (n > kSmall) {
+    narrow_down(for_parts);
+  } else {
+    ranks.reserve(n);
+    for_parts([&](Key rank) { ranks.push_back(rank); });
   }
-  if (shift == 0) {
-    return {ranks[0], k};
+  while (static_cast<int64_t>(ranks.size()) > kSmall && shift > 0) {
+    narrow_down([&](const auto& take) { std::for_each(ranks.begin(), ranks.end(), take); });
   }
   std::nth_element(ranks.begin(), ranks.begin() + (k - 1), ranks.end(), std::greater<>());
   const Key rank = ranks[k - 1];

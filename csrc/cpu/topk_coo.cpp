@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kGrain = 1 << 15;   // elements worth a thread
 constexpr int64_t kSamples = 1024;    // places sampled, one cache line of 16 elements each
 constexpr int64_t kSampleRun = 16;
+constexpr int64_t kTile = 16;         // rows transposed together: a cache line
 
 // A rank that about k of the matrix's entries, and rather more than fewer, are likely to reach.
 template <class Key>
@@ -45,9 +46,12 @@ Key sampled_bound(Matrix<const Key> c, int64_t k, Key infinity) {
 template <class Key>
 void copy_rows(Matrix<const Key> c, int64_t begin, int64_t end, Key* out) {
   if (c.row_stride < c.col_stride) {
-    for (int64_t j = 0; j < c.cols; ++j) {
-      for (int64_t i = begin; i < end; ++i) {
-        out[(i - begin) * c.cols + j] = c(i, j);
+    for (int64_t tile = begin; tile < end; tile += kTile) {
+      const int64_t stop = std::min(tile + kTile, end);
+      for (int64_t j = 0; j < c.cols; ++j) {
+        for (int64_t i = tile; i < stop; ++i) {
+          out[(i - begin) * c.cols + j] = c(i, j);
+        }
       }
     }
   } else {
