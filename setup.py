@@ -31,6 +31,7 @@ CPU, CUDA = f"{PACKAGE}._C", f"{PACKAGE}._C_cuda"
 MODES = ("auto", "cpu", "cuda", "python")
 ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # torch 2.10
 CXX_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"]
+CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]  # as torch: or sqrt is no vector operation
 NVCC_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
 

@@ -249,7 +249,9 @@ def integers(draw: Draw, rows: int, cols: int, keep: float) -> Tensor:
 def check_grad_weight(draw: Draw, tokens: int, n_out: int, n_in: int) -> None:
     keep = draw.random.choice([0.0, 0.3, 0.9, 1.0])
     g, x = integers(draw, tokens, n_out, keep), integers(draw, tokens, n_in, 1.0)
-    k = 1 + draw.random.randrange(draw.random.choice([20, n_out * n_in // 50 + 1, n_out * n_in + 2]))
+    k = 1 + draw.random.randrange(
+        draw.random.choice([20, n_out * n_in // 50 + 1, n_out * n_in + 2])
+    )
     indices, values = ops.grad_weight_topk(g, x, k)
     wanted_indices, wanted_values = largest((g.double().T @ x.double()).to(g.dtype), k)
     assert torch.equal(indices, wanted_indices)

@@ -66,11 +66,14 @@ std::tuple<Tensor, Tensor> fused(
     }
     const int64_t row_before = begin == 0 ? -1 : row_of[-1];
     for_chunks(n_parts, [&](int64_t p) {
+      Candidates<Key>& part = n_parts == 1 ? held[0] : parts[p];
       const int64_t first = rows * p / n_parts, last = rows * (p + 1) / n_parts;
-      parts[p].clear(held[0].lower());
-      add_rows(made, first, last, first == 0 ? row_before : row_of[first - 1], row_of, zeros, parts[p]);
+      if (n_parts > 1) {
+        part.clear(held[0].lower());
+      }
+      add_rows(made, first, last, first == 0 ? row_before : row_of[first - 1], row_of, zeros, part);
     });
-    for (int64_t p = 0; p < n_parts; ++p) {
+    for (int64_t p = 0; p < n_parts && n_parts > 1; ++p) {
       held[0].append(parts[p]);
     }
   }

@@ -127,11 +127,11 @@ void Candidates<Key>::prune() {
   int64_t kept = 0;
   for (int64_t i = 0; i < size_; ++i) {
     const Key rank = rank_of(bits_[i], infinity_);
-    const bool equal = rank == threshold.rank && threshold.n_equal > 0;
+    const bool equal = (rank == threshold.rank) & (threshold.n_equal > 0);
     threshold.n_equal -= equal;
     bits_[kept] = bits_[i];
     linear_[kept] = linear_[i];
-    kept += rank > threshold.rank || equal;
+    kept += (rank > threshold.rank) | equal;  // no branch: it could not be predicted
   }
   size_ = kept;
   lower_ = threshold.rank + 1;  // an equal one that comes later loses the tie
