@@ -10,6 +10,12 @@ namespace {
 constexpr int64_t kBlock = 128;
 constexpr int64_t kGrain = 1 << 12;  // entries worth a thread
 
+// a + weight (b - a), from the nearer end, as torch.lerp.
+template <class W>
+SPARSEGRAD_INLINE inline W lerp(W a, W b, W weight) {
+  return weight < W(0.5) ? a + weight * (b - a) : b - (b - a) * (1 - weight);
+}
+
 template <class T>
 void update(
     Matrix<T> param,
@@ -23,7 +29,7 @@ void update(
     double beta2,
     double epsilon) {
   using W = wide_t<T>;
-  const W keep1 = static_cast<W>(1 - beta1), keep2 = static_cast<W>(1 - beta2);
+  const W weight1 = static_cast<W>(1 - beta1), weight2 = static_cast<W>(1 - beta2);
   const W size = static_cast<W>(step_size), eps = static_cast<W>(epsilon);
   for_range(indices.cols, kGrain, [&](int64_t begin, int64_t end) {
     simd([&]() SPARSEGRAD_INLINE {
@@ -38,8 +44,8 @@ void update(
           g[e] = values[(first + e) * value_stride];
         }
         for (int64_t e = 0; e < n; ++e) {
-          m[e] += keep1 * (g[e] - m[e]);
-          v[e] += keep2 * (g[e] * g[e] - v[e]);
+          m[e] = lerp(m[e], g[e], weight1);
+          v[e] = lerp(v[e], g[e] * g[e], weight2);
           p[e] -= size * m[e] / (std::sqrt(v[e]) + eps);
         }
         for (int64_t e = 0; e < n; ++e) {

@@ -23,7 +23,7 @@ void gather_rows(
       const T* from = a.row(all_rows ? i : rows[i]);
       T* to = out.row(i);
       if (all_cols && a.col_stride == 1) {
-        std::memcpy(to, from, out.cols * sizeof(T));
+        std::copy_n(from, out.cols, to);
       } else if (all_cols) {
         for (int64_t j = 0; j < out.cols; ++j) {
           to[j] = from[j * a.col_stride];
