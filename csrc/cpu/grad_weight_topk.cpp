@@ -42,7 +42,7 @@ std::tuple<Tensor, Tensor> fused(
   Tensor block = empty({std::min(step, n_kept), n_in}, g.scalar_type());
   const std::vector<Key> zeros(n_in);
   std::vector<Candidates<Key>> held, parts;
-  held.emplace_back(k, infinity, 0);
+  held.emplace_back(k, infinity, 0, n_out * n_in);
 
   for (int64_t begin = 0; begin < n_kept; begin += step) {
     const int64_t rows = std::min(step, n_kept - begin);
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor> fused(
     const Matrix<const Key> made = matrix<Key>(product);
     const int64_t n_parts = std::min(rows, num_chunks(rows * n_in, 1 << 15));
     while (static_cast<int64_t>(parts.size()) < n_parts) {
-      parts.emplace_back(k, infinity, 0);
+      parts.emplace_back(k, infinity, 0, step * n_in / n_parts);
     }
     const int64_t row_before = begin == 0 ? -1 : row_of[-1];
     for_chunks(n_parts, [&](int64_t p) {

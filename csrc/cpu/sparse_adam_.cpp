@@ -8,7 +8,7 @@ namespace sparsegrad {
 namespace {
 
 constexpr int64_t kBlock = 128;
-constexpr int64_t kGrain = 1 << 12;  // entries worth a thread
+constexpr int64_t kGrain = 1 << 15;  // entries worth waking a thread for
 
 // a + weight (b - a), from the nearer end, as torch.lerp.
 template <class W>

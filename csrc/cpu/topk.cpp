@@ -112,7 +112,8 @@ void Candidates<Key>::make_room(int64_t n) {
   if (size_ + n + 1 <= capacity_) {  // one more is written than kept
     return;
   }
-  capacity_ = std::max(2 * capacity_, size_ + n + 1);
+  const int64_t usual = std::min(expected_, 2 * k_ + kSlack + kRun) + 1;
+  capacity_ = std::max({usual, 2 * capacity_, size_ + n + 1});
   auto bits = std::make_unique_for_overwrite<Key[]>(capacity_);
   auto linear = std::make_unique_for_overwrite<int64_t[]>(capacity_);
   std::copy_n(bits_.get(), size_, bits.get());

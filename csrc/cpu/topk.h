@@ -32,7 +32,9 @@ Threshold<Key> kth_largest(const std::vector<Span<Key>>& parts, int64_t k, Key i
 template <class Key>
 class Candidates {
  public:
-  Candidates(int64_t k, Key infinity, Key lower) : k_(k), infinity_(infinity), lower_(lower) {}
+  // `n`: how many elements are to come.
+  Candidates(int64_t k, Key infinity, Key lower, int64_t n)
+      : k_(k), expected_(n), infinity_(infinity), lower_(lower) {}
 
   // n elements at linear indices from `first` on.
   void add(const Key* bits, int64_t n, int64_t first);
@@ -60,7 +62,7 @@ class Candidates {
   void make_room(int64_t n);
   void prune();
 
-  int64_t k_, size_ = 0, capacity_ = 0;
+  int64_t k_, expected_, size_ = 0, capacity_ = 0;
   Key infinity_, lower_;
   std::unique_ptr<Key[]> bits_;
   std::unique_ptr<int64_t[]> linear_;

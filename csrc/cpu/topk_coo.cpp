@@ -90,7 +90,7 @@ std::vector<Candidates<Key>> collect(
   const int64_t n_parts = std::min(c.rows, num_chunks(c.rows * c.cols, kGrain));
   std::vector<Candidates<Key>> parts;
   for (int64_t p = 0; p < n_parts; ++p) {
-    parts.emplace_back(k, infinity, lower);
+    parts.emplace_back(k, infinity, lower, c.rows * c.cols / n_parts);
   }
   for_chunks(n_parts, [&](int64_t p) {
     for_rows(
