@@ -217,6 +217,24 @@ def test_topk_coo_of_large_matrices():
     fuzz(check, N // 10)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_topk_coo_where_its_sample_misleads(dtype):
+    """Large values at just the places sampled (see topk_coo.cpp): fewer than k reach the bound."""
+    rows, cols, random, places = 600, 400, 1, []
+    stride = rows * cols // 1024
+    for s in range(1024):
+        random = (random * 6364136223846793005 + 1442695040888963407) % 2**64
+        places.append(s * stride + (random >> 33) % (stride - 16))
+    sampled = (torch.tensor(places)[:, None] + torch.arange(16)).reshape(-1)
+    flat = torch.randn(rows * cols)
+    flat[sampled] += 100
+    c = flat.to(dtype).reshape(rows, cols)
+    for k in (1, 2400):
+        for view in (c, c.T.contiguous().T):
+            for got, wanted in zip(ops.topk_coo(view, k), largest(c, k), strict=True):
+                assert torch.equal(got, wanted)
+
+
 def test_sparse_dense_mm_and_coo():
     def check(draw: Draw) -> None:
         b, c, d = draw.size(), draw.size(), draw.size()
