@@ -102,7 +102,7 @@ def _backward(
     n_tokens = g.shape[0]
     skip = rows.shape[0] < n_tokens
     if skip:
-        g = g[rows]
+        g = g.index_select(0, rows)
     grad_input = grad_sparse = None
     if weight is not None:
         grad_input = g @ weight.to(g.dtype)
@@ -114,7 +114,7 @@ def _backward(
         x = x.reshape(-1, x.shape[-1])  # [T, in]
         if u is not None and v is not None:
             u, v = u.to(g.dtype), v.to(g.dtype)
-        indices, values = rotated_grad_topk(g, x[rows] if skip else x, u, v, k)
+        indices, values = rotated_grad_topk(g, x.index_select(0, rows) if skip else x, u, v, k)
         grad_sparse = torch.sparse_coo_tensor(
             indices, values.to(dtype), size, is_coalesced=True, check_invariants=False
         )

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._checks import check_bounds
+
 NAMESPACE = "sparsegrad_kernels"
 
 
@@ -35,3 +37,29 @@ def define(
         return overload(tensor, *args)
 
     return call
+
+
+def call_in_bounds(
+    name: str,
+    call: Callable[..., Any],
+    indices: Tensor,
+    shape: tuple[int, int],
+    *args: Any,
+) -> None:
+    """`call(*args)` where `indices` lie in `shape`, else a ValueError before anything is written.
+
+    The compiled CPU kernels look for themselves, so that the indices are read once.
+    """
+    if torch.compiler.is_compiling() or not _is_compiled(name):
+        check_bounds(indices, shape)
+        call(*args)
+        return
+    try:
+        call(*args)
+    except RuntimeError:
+        check_bounds(indices, shape)
+        raise
+
+
+def _is_compiled(name: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")

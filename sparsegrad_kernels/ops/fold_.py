@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_bounds, check_coo, check_like, check_matrix
-from ._library import define
+from ._checks import check_coo, check_like, check_matrix
+from ._library import call_in_bounds, define
 
 
 def _sparse_times(indices: Tensor, values: Tensor, size: tuple[int, int], b: Tensor) -> Tensor:
@@ -87,6 +87,5 @@ def fold_(
                 )
         shape = (v.shape[0], u.shape[0])
     check_coo(indices, values, "weight", weight)
-    check_bounds(indices, shape)
     if values.shape[0]:
-        _op(weight, u, v, indices, values)
+        call_in_bounds("fold_", _op, indices, shape, weight, u, v, indices, values)

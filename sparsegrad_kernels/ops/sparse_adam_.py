@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_bounds, check_coo, check_like, check_matrix, check_shape
-from ._library import define
+from ._checks import check_coo, check_like, check_matrix, check_shape
+from ._library import call_in_bounds, define
 
 
 def _reference(
@@ -80,7 +80,6 @@ def sparse_adam_(
         check_shape(name, moment, tuple(param.shape), "that of param")
         check_like(name, moment, "param", param)
     check_coo(indices, values, "param", param)
-    check_bounds(indices, (param.shape[0], param.shape[1]))
     if step < 1:
         raise ValueError(f"step must be at least 1, got {step}")
     for name, beta in (("beta1", beta1), ("beta2", beta2)):
@@ -90,4 +89,6 @@ def sparse_adam_(
         raise ValueError(f"lr must not be negative, got {lr}")
     if not eps >= 0:
         raise ValueError(f"eps must not be negative, got {eps}")
-    _op(param, exp_avg, exp_avg_sq, indices, values, step, lr, beta1, beta2, eps)
+    shape = (param.shape[0], param.shape[1])
+    args = (param, exp_avg, exp_avg_sq, indices, values, step, lr, beta1, beta2, eps)
+    call_in_bounds("sparse_adam_", _op, indices, shape, *args)
