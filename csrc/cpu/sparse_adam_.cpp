@@ -1,7 +1,8 @@
 // m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,
 // p -= lr sqrt(1 - b2^step) / (1 - b1^step) m / (sqrt(v) + eps),   at the given entries.
 //
-// Blocks of entries are loaded into contiguous arrays, updated there as vectors, and stored.
+// Blocks of entries are loaded into contiguous arrays, updated there as vectors, and stored, while
+// the next block's entries, each a cache miss, are on their way.
 #include "../common.h"
 
 namespace sparsegrad {
@@ -36,6 +37,12 @@ void update(
       W p[kBlock], m[kBlock], v[kBlock], g[kBlock];
       for (int64_t first = begin; first < end; first += kBlock) {
         const int64_t n = std::min(kBlock, end - first);
+        for (int64_t e = first + kBlock; e < std::min(first + 2 * kBlock, end); ++e) {
+          const int64_t i = indices(0, e), j = indices(1, e);
+          __builtin_prefetch(&param(i, j), 1);
+          __builtin_prefetch(&exp_avg(i, j), 1);
+          __builtin_prefetch(&exp_avg_sq(i, j), 1);
+        }
         for (int64_t e = 0; e < n; ++e) {
           const int64_t i = indices(0, first + e), j = indices(1, first + e);
           p[e] = param(i, j);
