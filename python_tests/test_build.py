@@ -243,7 +243,8 @@ def test_library_imports_only_the_stable_abi():
 
 def pip(python: Path | str, *args: object, **environment: str) -> subprocess.CompletedProcess:
     """pip in a new process, with only `environment` of what the build reads."""
-    env = {k: v for k, v in os.environ.items() if k not in ("CXX", "CUDA_HOME", "CUDA_PATH")}
+    read = ("CXX", "CUDA_HOME", "CUDA_PATH", "PIP_CONSTRAINT", "PIP_BUILD_CONSTRAINT")
+    env = {k: v for k, v in os.environ.items() if k not in read}
     env |= {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "SPARSEGRAD_BUILD": "", **environment}
     command = [str(python), "-m", "pip", *map(str, args)]
     return subprocess.run(command, env=env, capture_output=True, text=True, cwd="/")

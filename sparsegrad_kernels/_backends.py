@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import importlib.util
 import json
 import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,11 @@ def _load_triton() -> tuple[str, dict[str, Any]]:
 
 def _find(backend: str, library: str) -> str:
     """The path of a compiled library; where there is none, what the build recorded about it."""
-    spec = importlib.util.find_spec(f"{__package__}.{library}")
-    if spec is not None and spec.origin is not None:
-        return spec.origin
+    # In this folder: the import system might find that of another, editable, installation.
+    for suffix in EXTENSION_SUFFIXES:
+        path = _FOLDER / f"{library}{suffix}"
+        if path.exists():
+            return str(path)
     for other in _FOLDER.glob(f"{library}.*.so"):
         raise _Unavailable(f"built for another Python: {other.name}")
     record = _FOLDER / "_build.json"

@@ -14,7 +14,6 @@ from typing import Any
 
 # The profiler measures memory, and would chatter.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
