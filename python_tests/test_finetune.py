@@ -120,6 +120,7 @@ def test_regression(model_folder, tmp_path, capsys):
     code = run(
         *("--task", "regression", "--model", model_folder, "--data", data, "--out", str(out)),
         *("--epochs", "10", "--lr", "0.01", "--density", "0.05"),
+        *("--basis-steps", "9"),  # more than there are batches
     )
     assert code == 0
     result = json.loads((out / "metrics.json").read_text())["results"][0]

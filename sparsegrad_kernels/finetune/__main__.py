@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import os
 import platform
 import signal
@@ -23,7 +24,7 @@ from .data import Batches, DataError, TextData, encode, load_data
 from .methods import LEARNING_RATES, METHODS, prepare
 from .pretrained import Pretrained, find_pretrained
 from .report import Result, output_folder, plot_losses, table, write_metrics
-from .train import TrainingError, evaluate, train
+from .train import TrainingError, batch_loss, evaluate, train
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -151,12 +152,16 @@ class Job:
         model: Any = self.pretrained.classifier(self.data).to(self.device)
         model.config.pad_token_id = self.tokenizer.pad_token_id
         lr = LEARNING_RATES[method] if args.lr is None else args.lr
-        # Other batches than those of the first steps, so that the basis is not fitted to them.
-        basis_batches = (
-            {name: tensor.to(self.device) for name, tensor in batch.items()}
-            for batch in self.train_batches(args.seed + 1)
+        prepared = prepare(
+            method,
+            model,
+            # Other batches than those of the first steps, so that the basis is not fitted to them.
+            self.train_batches(args.seed + 1),
+            functools.partial(batch_loss, device=self.device, dtype=self.dtype),
+            self.config,
+            lr,
+            args.basis_steps,
         )
-        prepared = prepare(method, model, basis_batches, self.config, lr, args.basis_steps)
         print(f"{method}: {prepared.about}, {self.n_steps} steps at lr {lr:g}", flush=True)
         history = train(
             prepared.model,

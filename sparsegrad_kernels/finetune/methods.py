@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .. import SparseAdam, SparseGradConfig, SparseGradLinear, convert, fit_basis, merge
+from ..basis import LossFn
 from ..config import find_targets, linear_view
 
 METHODS = ("sparsegrad", "lora", "meprop", "full")
@@ -40,6 +41,7 @@ def prepare(
     method: str,
     model: nn.Module,
     batches: Iterable[Any],
+    loss_fn: LossFn,
     config: SparseGradConfig,
     lr: float,
     basis_steps: int,
@@ -65,7 +67,9 @@ def prepare(
         return _lora(model, list(targets), config, lr)
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
-    basis = fit_basis(model, batches, config, basis_steps) if method == "sparsegrad" else None
+    basis = None
+    if method == "sparsegrad":
+        basis = fit_basis(model, batches, config, basis_steps, loss_fn=loss_fn)
     convert(model, basis, config)
     layers = [module for module in model.modules() if isinstance(module, SparseGradLinear)]
     k = sum(layer.k for layer in layers)

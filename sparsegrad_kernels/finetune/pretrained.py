@@ -24,7 +24,10 @@ class Pretrained:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path)
+        tokenizer = AutoTokenizer.from_pretrained(self.path)
+        if tokenizer.pad_token is None:  # GPT-2 and LLaMA: masked, so that any token will do
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
 
     def classifier(self, data: TextData) -> nn.Module:
         """The model with a fresh head for the data's classes, or for one number."""

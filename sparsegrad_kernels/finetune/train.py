@@ -44,6 +44,13 @@ def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tenso
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+def batch_loss(
+    model: nn.Module, batch: dict[str, Tensor], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    with autocast(device, dtype):
+        return model(**to_device(batch, device)).loss
+
+
 def endless(batches: Iterable[Any]) -> Iterator[Any]:
     while True:
         yield from batches
@@ -73,8 +80,7 @@ def train(
         for step, batch in enumerate(endless(batches)):
             with memory.watch(step):
                 start = time.perf_counter()
-                with autocast(device, dtype):
-                    loss = model(**to_device(batch, device)).loss
+                loss = batch_loss(model, batch, device, dtype)
                 loss.backward()
                 nn.utils.clip_grad_norm_(parameters, 1.0)
                 optimizer.step()
