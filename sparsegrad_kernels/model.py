@@ -185,13 +185,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             if key not in ("u", "v"):
                 tensors[f"model.{name}.{key}"] = tensor
     inside = tuple(f"{name}." for name in layers)
-    parameters = {name for name, p in model.named_parameters() if not p.requires_grad}
     for name, p in model.named_parameters():
         if p.requires_grad and not name.startswith(inside):
             tensors[f"model.{name}"] = p
     state = model.state_dict()
     buffers = {name for name, _ in model.named_buffers()}
-    for name in buffers & set(state) - parameters:
+    for name in buffers & set(state):
         if not name.startswith(inside):
             tensors[f"model.{name}"] = state[name]
     metadata = {"format": _FORMAT, "layers": json.dumps(settings)}
