@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import importlib.util
 import json
 import os
 import warnings
@@ -65,7 +66,21 @@ def _load_cuda() -> tuple[str, dict[str, Any]]:
 
 
 def _load_triton() -> tuple[str, dict[str, Any]]:
-    raise _Unavailable("this version has no Triton kernels")
+    if importlib.util.find_spec("triton") is None:
+        raise _Unavailable("triton is not installed")
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreting and torch.version.cuda is None and torch.version.hip is None:
+        raise _Unavailable(
+            f"torch {torch.__version__} is built for no GPU; TRITON_INTERPRET is not 1"
+        )
+    if interpreting and os.environ.get("SPARSEGRAD_BACKEND") != "triton":
+        raise _Unavailable("TRITON_INTERPRET=1 without SPARSEGRAD_BACKEND=triton")
+    folder = _FOLDER / "_triton"
+    names = sorted(path.stem for path in folder.glob("[!_]*.py"))
+    for name in names:
+        importlib.import_module(f"{__package__}._triton.{name}")
+    where = "the interpreter, for CPU tensors" if interpreting else "compiled at first use"
+    return f"{len(names)} modules, {where}", {"modules": names}
 
 
 def _find(backend: str, library: str) -> str:
