@@ -70,7 +70,8 @@ class Basis(nn.Module):
         for name, tensor in zip(
             ("u", "v", "energy_in", "energy_out"), (u, v, energy_in, energy_out), strict=True
         ):
-            value = None if tensor is None else tensor.detach()
+            # Rows in one piece, as the fold reads them: `qr` and `eigh` return columns.
+            value = None if tensor is None else tensor.detach().contiguous()
             self.register_buffer(name, value, persistent=False)
 
     @property

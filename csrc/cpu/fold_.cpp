@@ -96,7 +96,9 @@ struct Grouped {
 // n elements of any stride, converted.
 template <class W, class T>
 void copy_run(const T* from, int64_t n, int64_t stride, W* to) {
-  if (stride == 1) {
+  if (stride == 1 && std::is_same_v<W, T>) {
+    std::memcpy(to, from, n * sizeof(T));
+  } else if (stride == 1) {
     std::transform(from, from + n, to, [](T value) { return static_cast<W>(value); });
   } else {
     for (int64_t j = 0; j < n; ++j) {
