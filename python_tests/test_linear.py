@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cases import orthogonal, sparse_matrix
 from sparsegrad_kernels import Basis, SparseAdam, SparseGradLinear
-from sparsegrad_kernels.linear import rotated_grad_topk
+from sparsegrad_kernels._gradient import rotated_grad_topk
 from sparsegrad_kernels.ops import topk_coo
 
 SPACES = ["original", "transformed"]
@@ -552,4 +552,4 @@ def test_opcheck(generator):
     torch.library.opcheck(OPS._linear.default, args)
     torch.library.opcheck(OPS._linear.default, (x.requires_grad_(), *args[1:]))
     delta = torch.randn(11, 7, generator=generator, dtype=torch.float64)
-    torch.library.opcheck(OPS._fold_delta_.default, (weight, delta, basis.u, basis.v))
+    torch.library.opcheck(OPS._fold_delta_.default, (weight, delta, basis.u, basis.v, 9))

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from .ops._library import SYNC_FREE_DEVICES
+
 _FOLDER = Path(__file__).parent
 
 
@@ -62,6 +64,7 @@ def _load_cuda() -> tuple[str, dict[str, Any]]:
         raise _Unavailable(f"torch {torch.__version__} is built without CUDA")
     path = _find("cuda", "_C_cuda")
     ctypes.CDLL(path)
+    SYNC_FREE_DEVICES.add("cuda")
     return f"from {path}", {}
 
 
@@ -79,6 +82,7 @@ def _load_triton() -> tuple[str, dict[str, Any]]:
     names = sorted(path.stem for path in folder.glob("[!_]*.py"))
     for name in names:
         importlib.import_module(f"{__package__}._triton.{name}")
+    SYNC_FREE_DEVICES.add("cpu" if interpreting else "cuda")
     where = "the interpreter, for CPU tensors" if interpreting else "compiled at first use"
     return f"{len(names)} modules, {where}", {"modules": names}
 

@@ -13,55 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from . import ops
+from ._gradient import backward, fold_delta
 from .basis import Basis
 from .ops._library import define
 
 WeightSpace = Literal["original", "transformed"]
-
-
-def _chain_cost(a: int, b: int, c: int, d: int) -> int:
-    """Multiply-adds of a product of matrices `[a, b] [b, c] [c, d]`, in the cheaper order."""
-    return min(a * b * c + a * c * d, b * c * d + a * b * d)
-
-
-def rotated_grad_topk(
-    g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, k: int
-) -> tuple[Tensor, Tensor]:
-    """The k largest entries of `V g^T x U^T`, associated the cheapest way (design 2.1).
-
-    Args:
-        g: gradient of the output `[T, out]`, without its zero tokens.
-        x: input `[T, in]`.
-        u, v: `[r_in, in]` and `[r_out, out]`, or None: the identity.
-        k: how many entries.
-
-    Returns:
-        `indices [2, k]` and `values [k]` in the transformed space.
-    """
-    if u is None or v is None:
-        return ops.grad_weight_topk(g, x, k)
-    (n, out_features), in_features = g.shape, x.shape[1]
-    r_in, r_out = u.shape[0], v.shape[0]
-    cost_v_last = _chain_cost(out_features, n, in_features, r_in) + r_out * out_features * r_in
-    cost_u_last = _chain_cost(r_out, out_features, n, in_features) + r_out * in_features * r_in
-    cost_token_last = n * (out_features * r_out + in_features * r_in + r_out * r_in)
-    cheapest = min(cost_token_last, cost_v_last, cost_u_last)
-    if cheapest == cost_token_last:
-        left, right = (g @ v.T).T, x @ u.T
-    elif cheapest == cost_v_last:
-        left, right = v, torch.linalg.multi_dot([g.T, x, u.T])
-    else:
-        left, right = torch.linalg.multi_dot([v, g.T, x]), u.T
-    return ops.topk_coo(left @ right, k)
-
-
-def _fold_delta(weight: Tensor, delta: Tensor, u: Tensor | None, v: Tensor | None) -> None:
-    indices = delta.nonzero().T
-    if indices.shape[1]:
-        entries = (indices[0], indices[1])
-        ops.fold_(weight, u, v, indices, delta[entries].to(weight.dtype))
-        delta[entries] = 0
 
 
 def _forward(
@@ -72,58 +28,19 @@ def _forward(
     u: Tensor | None,
     v: Tensor | None,
     k: int,
+    threshold: Tensor | None,
 ) -> Tensor:
     weight = weight.to(x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def _forward_fake(x, weight, bias, grad_target, u, v, k) -> Tensor:
+def _forward_fake(x, weight, bias, grad_target, u, v, k, threshold) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-def _backward(
-    g: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    u: Tensor | None,
-    v: Tensor | None,
-    k: int,
-    size: list[int],
-    dtype: torch.dtype,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of input `[..., in]` and of the sparse parameter; None where not asked for.
-
-    The input gradient is asked for by giving `weight`, the sparse one, of the given size and dtype,
-    by giving `x`. Tokens whose output gradient is zero (padding) take no part.
-    """
-    out_shape = g.shape[:-1]
-    g = g.reshape(-1, g.shape[-1])  # [T, out]
-    rows, _ = ops.nonzero_rows_cols(g)
-    n_tokens = g.shape[0]
-    skip = rows.shape[0] < n_tokens
-    if skip:
-        g = g.index_select(0, rows)
-    grad_input = grad_sparse = None
-    if weight is not None:
-        grad_input = g @ weight.to(g.dtype)
-        if skip:
-            whole = grad_input.new_zeros(n_tokens, weight.shape[1])
-            grad_input = whole.index_copy_(0, rows, grad_input)
-        grad_input = grad_input.reshape(*out_shape, weight.shape[1])
-    if x is not None:
-        x = x.reshape(-1, x.shape[-1])  # [T, in]
-        if u is not None and v is not None:
-            u, v = u.to(g.dtype), v.to(g.dtype)
-        indices, values = rotated_grad_topk(g, x.index_select(0, rows) if skip else x, u, v, k)
-        grad_sparse = torch.sparse_coo_tensor(
-            indices, values.to(dtype), size, is_coalesced=True, check_invariants=False
-        )
-    return grad_input, grad_sparse
 
 
 def _backward_op(g, x, weight, u, v, k, size, dtype) -> tuple[Tensor, Tensor]:
     # An operator's schema has no optional results: an empty tensor stands for None.
-    grad_input, grad_sparse = _backward(g, x, weight, u, v, k, size, dtype)
+    grad_input, grad_sparse = backward(g, x, weight, u, v, k, size, dtype)
     return (
         g.new_empty(0) if grad_input is None else grad_input,
         g.new_empty(0) if grad_sparse is None else grad_sparse,
@@ -143,13 +60,13 @@ def _backward_fake(g, x, weight, u, v, k, size, dtype) -> tuple[Tensor, Tensor]:
 
 
 _fold_delta_op = define(
-    "_fold_delta_(Tensor(a!) weight, Tensor(b!) delta, Tensor? u, Tensor? v) -> ()",
-    _fold_delta,
-    lambda weight, delta, u, v: None,
+    "_fold_delta_(Tensor(a!) weight, Tensor(b!) delta, Tensor? u, Tensor? v, int k) -> ()",
+    fold_delta,
+    lambda weight, delta, u, v, k: None,
 )
 _linear_op = define(
     "_linear(Tensor x, Tensor weight, Tensor? bias, Tensor grad_target, Tensor? u, Tensor? v, "
-    "int k) -> Tensor",
+    "int k, Tensor? threshold) -> Tensor",
     _forward,
     _forward_fake,
 )
@@ -161,12 +78,14 @@ _linear_backward_op = define(
 )
 
 
-def _save(ctx: Any, x, weight, bias, grad_target, u, v, k) -> None:
+def _save(ctx: Any, x, weight, bias, grad_target, u, v, k, threshold) -> None:
     """Keep for the backward pass what `nn.Linear` keeps: the input, and parameters."""
     need_input, _, need_bias, need_sparse = ctx.needs_input_grad[:4]
     ctx.save_for_backward(x if need_sparse else None, weight if need_input else None, u, v)
     ctx.k, ctx.size, ctx.dtype = k, list(grad_target.shape), grad_target.dtype
     ctx.bias_dtype = bias.dtype if need_bias else None
+    # Not saved as the others are: each backward pass changes it, for the next one.
+    ctx.threshold = threshold
 
 
 def _grad_bias(ctx: Any, g: Tensor) -> Tensor | None:
@@ -180,21 +99,24 @@ class SparseGradFunction(torch.autograd.Function):
     """`y = x W^T + b`, whose backward sends the COO gradient to `grad_target` (paper Table 2)."""
 
     @staticmethod
-    def forward(ctx: Any, x, weight, bias, grad_target, u, v, k) -> Tensor:
-        _save(ctx, x, weight, bias, grad_target, u, v, k)
-        return _forward(x, weight, bias, grad_target, u, v, k)
+    def forward(ctx: Any, x, weight, bias, grad_target, u, v, k, threshold) -> Tensor:
+        _save(ctx, x, weight, bias, grad_target, u, v, k, threshold)
+        return _forward(x, weight, bias, grad_target, u, v, k, threshold)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor):
         x, weight, u, v = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
-            grad_input, grad_sparse = _backward(g, x, weight, u, v, ctx.k, ctx.size, ctx.dtype)
+            grad_input, grad_sparse = backward(
+                g, x, weight, u, v, ctx.k, ctx.size, ctx.dtype, ctx.threshold
+            )
             grad_bias = _grad_bias(ctx, g)
-        return grad_input, None, grad_bias, grad_sparse, None, None, None
+        return grad_input, None, grad_bias, grad_sparse, None, None, None, None
 
 
-# The same for torch.compile, which cannot trace a Function that makes a sparse tensor.
+# The same for torch.compile, which cannot trace a Function that makes a sparse tensor. Nor can it
+# functionalize an operator that makes one and writes to an argument: no threshold is carried here.
 def _setup_context(ctx: Any, inputs, output) -> None:
     _save(ctx, *inputs)
 
@@ -207,6 +129,7 @@ def _compiled_backward(ctx: Any, g: Tensor):
         None,
         _grad_bias(ctx, g),
         None if x is None else grad_sparse,
+        None,
         None,
         None,
         None,
@@ -258,6 +181,7 @@ class SparseGradLinear(nn.Module):
     bias: nn.Parameter | None
     basis: Basis | None
     residual: Tensor | None
+    threshold: Tensor
 
     def __init__(
         self,
@@ -329,6 +253,9 @@ class SparseGradLinear(nn.Module):
             self.register_parameter("delta", None)
             self.register_buffer("residual", residual)
         self.register_parameter("bias", bias)
+        # What the last step's selection came to, where it is fused with a product (on a GPU).
+        unknown = torch.full((1,), torch.nan, dtype=torch.float32, device=weight.device)
+        self.register_buffer("threshold", unknown, persistent=False)
 
     def _gradient_shape(self, basis: Basis | None) -> tuple[int, int]:
         if basis is None:
@@ -387,10 +314,10 @@ class SparseGradLinear(nn.Module):
             return
         if torch.compiler.is_compiling():
             with torch.no_grad():
-                _fold_delta_op(self._parameters["weight"], delta, self.u, self.v)
+                _fold_delta_op(self._parameters["weight"], delta, self.u, self.v, self.k)
         elif delta._version != self._folded_version:
             with torch.no_grad():
-                _fold_delta_op(self._parameters["weight"], delta, self.u, self.v)
+                _fold_delta_op(self._parameters["weight"], delta, self.u, self.v, self.k)
             self._folded_version = delta._version
 
     @torch.no_grad()
@@ -431,12 +358,13 @@ class SparseGradLinear(nn.Module):
         if self.weight_space == "original":
             self.fold()
             weight = self._parameters["weight"]
-            return _linear(x, weight, self.bias, self.delta, self.u, self.v, self.k)
+            return _linear(x, weight, self.bias, self.delta, self.u, self.v, self.k, self.threshold)
         weight = self._parameters["weight"]
         if self.basis is None:
-            return _linear(x, weight, self.bias, weight, None, None, self.k)
+            return _linear(x, weight, self.bias, weight, None, None, self.k, self.threshold)
         u, v = self.basis.u.to(x.dtype), self.basis.v.to(x.dtype)
-        y = _linear(F.linear(x, u), weight, None, weight, None, None, self.k) @ v
+        x_rotated = F.linear(x, u)
+        y = _linear(x_rotated, weight, None, weight, None, None, self.k, self.threshold) @ v
         if self.residual is not None:
             y = y + F.linear(x, self.residual.to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -494,10 +422,8 @@ class SparseGradLinear(nn.Module):
                     self.delta.zero_()
 
 
-def _linear(x, weight, bias, grad_target, u, v, k) -> Tensor:
-    if torch.compiler.is_compiling():
-        return _linear_op(x, weight, bias, grad_target, u, v, k)
-    return SparseGradFunction.apply(x, weight, bias, grad_target, u, v, k)
+def _linear(*args) -> Tensor:
+    return (_linear_op if torch.compiler.is_compiling() else SparseGradFunction.apply)(*args)
 
 
 @torch.no_grad()

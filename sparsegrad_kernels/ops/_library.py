@@ -12,6 +12,14 @@ from ._checks import check_bounds
 
 NAMESPACE = "sparsegrad_kernels"
 
+# Types of device whose kernels never make the host wait; filled as backends are loaded.
+SYNC_FREE_DEVICES: set[str] = set()
+
+
+def is_sync_free(tensor: Tensor) -> bool:
+    """Whether kernels serve this tensor that leave counts on the device."""
+    return tensor.device.type in SYNC_FREE_DEVICES
+
 
 def define(
     schema: str, reference: Callable[..., Any], fake: Callable[..., Any]

@@ -1,0 +1,183 @@
+"""The arithmetic of a SparseGrad layer's backward pass and fold.
+
+Where the host knows how many tokens have a gradient (references and C++ kernels, which return only
+what is there), it gathers those and picks the cheapest order of products for them. On a GPU asking
+for that number would stop the host until the device has caught up, so there the number stays on the
+device: shapes are those of all tokens, and the kernels skip what is zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .ops._library import is_sync_free
+
+
+def backward(
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
+    k: int,
+    size: list[int],
+    dtype: torch.dtype,
+    threshold: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of input `[..., in]` and of the sparse parameter; None where not asked for.
+
+    The input gradient is asked for by giving `weight`, the sparse one, of the given size and dtype,
+    by giving `x`. Tokens whose output gradient is zero (padding) take no part. `threshold` is that
+    of `ops.grad_weight_topk`.
+    """
+    out_shape = g.shape[:-1]
+    g = g.reshape(-1, g.shape[-1])  # [T, out]
+    if x is not None:
+        x = x.reshape(-1, x.shape[-1])  # [T, in]
+    if weight is not None:
+        weight = weight.to(g.dtype)
+    if u is not None and v is not None:
+        u, v = u.to(g.dtype), v.to(g.dtype)
+    each = _sync_free_backward if is_sync_free(g) else _gathered_backward
+    grad_input, entries = each(g, x, weight, u, v, k, threshold)
+    if grad_input is not None:
+        grad_input = grad_input.reshape(*out_shape, grad_input.shape[1])
+    if entries is None:
+        return grad_input, None
+    indices, values = entries
+    grad_sparse = torch.sparse_coo_tensor(
+        indices, values.to(dtype), size, is_coalesced=True, check_invariants=False
+    )
+    return grad_input, grad_sparse
+
+
+_Both = tuple[Tensor | None, tuple[Tensor, Tensor] | None]
+
+
+def _gathered_backward(g, x, weight, u, v, k: int, threshold: Tensor | None) -> _Both:
+    rows, _ = ops.nonzero_rows_cols(g)
+    n_tokens = g.shape[0]
+    skip = rows.shape[0] < n_tokens
+    if skip:
+        g = g.index_select(0, rows)
+    grad_input = entries = None
+    if weight is not None:
+        grad_input = g @ weight
+        if skip:
+            whole = grad_input.new_zeros(n_tokens, weight.shape[1])
+            grad_input = whole.index_copy_(0, rows, grad_input)
+    if x is not None:
+        entries = rotated_grad_topk(g, x.index_select(0, rows) if skip else x, u, v, k)
+    return grad_input, entries
+
+
+def _sync_free_backward(g, x, weight, u, v, k: int, threshold: Tensor | None) -> _Both:
+    grad_input = None if weight is None else ops.sparse_dense_mm(g, weight)
+    if x is None:
+        return grad_input, None
+    return grad_input, sync_free_rotated_grad_topk(g, x, u, v, k, threshold)
+
+
+def _chain_cost(a: int, b: int, c: int, d: int) -> int:
+    """Multiply-adds of a product of matrices `[a, b] [b, c] [c, d]`, in the cheaper order."""
+    return min(a * b * c + a * c * d, b * c * d + a * b * d)
+
+
+def _costs(n: int, in_: int, out: int, r_in: int, r_out: int) -> dict[str, int]:
+    """Multiply-adds of `V g^T x U^T` for n tokens, by the factors of the last product."""
+    return {
+        "tokens": n * (out * r_out + in_ * r_in + r_out * r_in),  # (V g^T) (x U^T)
+        "v": _chain_cost(out, n, in_, r_in) + r_out * out * r_in,  # V (g^T x U^T)
+        "u": _chain_cost(r_out, out, n, in_) + r_out * in_ * r_in,  # (V g^T x) U^T
+    }
+
+
+def _cheapest(g: Tensor, x: Tensor, u: Tensor, v: Tensor) -> str:
+    costs = _costs(g.shape[0], x.shape[1], g.shape[1], u.shape[0], v.shape[0])
+    return min(costs, key=costs.__getitem__)
+
+
+def rotated_grad_topk(
+    g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k largest entries of `V g^T x U^T`, associated the cheapest way (design 2.1).
+
+    Args:
+        g: gradient of the output `[T, out]`, without its zero tokens.
+        x: input `[T, in]`.
+        u, v: `[r_in, in]` and `[r_out, out]`, or None: the identity.
+        k: how many entries.
+
+    Returns:
+        `indices [2, k]` and `values [k]` in the transformed space.
+    """
+    if u is None or v is None:
+        return ops.grad_weight_topk(g, x, k)
+    last = _cheapest(g, x, u, v)
+    if last == "tokens":
+        left, right = (g @ v.T).T, x @ u.T
+    elif last == "v":
+        left, right = v, torch.linalg.multi_dot([g.T, x, u.T])
+    else:
+        left, right = torch.linalg.multi_dot([v, g.T, x]), u.T
+    return ops.topk_coo(left @ right, k)
+
+
+def sync_free_rotated_grad_topk(
+    g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None, k: int, threshold: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`rotated_grad_topk` for `g` with its zero tokens, which the products skip by themselves.
+
+    The selection is fused with the last product. The order is the cheapest for all tokens.
+    """
+    if u is None or v is None:
+        return ops.grad_weight_topk(g, x, k, threshold=threshold)
+    (n, out), in_, r_in, r_out = g.shape, x.shape[1], u.shape[0], v.shape[0]
+    last = _cheapest(g, x, u, v)
+    if last == "tokens":
+        left, right = ops.sparse_dense_mm(g, v.T), x @ u.T
+    elif last == "v":
+        if n * in_ * r_in + out * n * r_in < out * n * in_ + out * in_ * r_in:
+            right = ops.sparse_dense_mm(g.T, x @ u.T)
+        else:
+            right = ops.sparse_dense_mm(g.T, x) @ u.T
+        left = v.T
+    else:
+        if r_out * out * n + r_out * n * in_ < out * n * in_ + r_out * out * in_:
+            left = ops.sparse_dense_mm(ops.sparse_dense_mm(g, v.T).T, x).T
+        else:
+            left = (v @ ops.sparse_dense_mm(g.T, x)).T
+        right = u.T
+    return ops.grad_weight_topk(left, right, k, threshold=threshold)
+
+
+def fold_delta(weight: Tensor, delta: Tensor, u: Tensor | None, v: Tensor | None, k: int) -> None:
+    """`weight += V^T delta U`, then `delta` is zero, in place; about k entries are not zero."""
+    if is_sync_free(delta):
+        _sync_free_fold(weight, delta, u, v, k)
+        return
+    indices = delta.nonzero().T
+    if indices.shape[1]:
+        entries = (indices[0], indices[1])
+        ops.fold_(weight, u, v, indices, delta[entries].to(weight.dtype))
+        delta[entries] = 0
+
+
+def _sync_free_fold(
+    weight: Tensor, delta: Tensor, u: Tensor | None, v: Tensor | None, k: int
+) -> None:
+    # Room for k entries, which is all that one backward pass and a sparse optimizer write.
+    indices = torch.nonzero_static(delta, size=k, fill_value=0).T
+    entries = (indices[0], indices[1])
+    is_real = torch.arange(k, device=delta.device) < torch.count_nonzero(delta)
+    values = torch.where(is_real, delta[entries], 0)
+    ops.fold_(weight, u, v, indices, values.to(weight.dtype))
+    # Others may have written more. Of what is left, mostly nothing, the products skip what is zero.
+    delta.index_put_(entries, delta.new_zeros(()))
+    rest = delta.to(weight.dtype)
+    if u is not None and v is not None:
+        rest = ops.sparse_dense_mm(ops.sparse_dense_mm(rest, u).T, v).T
+    weight += rest
+    delta.zero_()
