@@ -548,7 +548,7 @@ def test_opcheck(generator):
     linear, x, _ = problem(generator)
     basis = make_basis("full", 7, 11, generator)
     weight, bias, delta = linear.weight.detach(), linear.bias.detach(), torch.zeros(11, 7).double()
-    args = (x, weight, bias, delta, basis.u, basis.v, 9)
+    args = (x, weight, bias, delta, basis.u, basis.v, 9, None)
     torch.library.opcheck(OPS._linear.default, args)
     torch.library.opcheck(OPS._linear.default, (x.requires_grad_(), *args[1:]))
     delta = torch.randn(11, 7, generator=generator, dtype=torch.float64)

@@ -253,9 +253,15 @@ class SparseGradLinear(nn.Module):
             self.register_parameter("delta", None)
             self.register_buffer("residual", residual)
         self.register_parameter("bias", bias)
+        self._mark_sparse_parameter()
         # What the last step's selection came to, where it is fused with a product (on a GPU).
         unknown = torch.full((1,), torch.nan, dtype=torch.float32, device=weight.device)
         self.register_buffer("threshold", unknown, persistent=False)
+
+    def _mark_sparse_parameter(self) -> None:
+        """Tell the optimizer how many entries one backward pass makes."""
+        name = "weight" if self.weight_space == "transformed" else "delta"
+        self._parameters[name].sparse_grad_entries = self.k  # type: ignore[union-attr]
 
     def _gradient_shape(self, basis: Basis | None) -> tuple[int, int]:
         if basis is None:
@@ -388,6 +394,10 @@ class SparseGradLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         self.fold()
         return {**self.__dict__, "_folded_version": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark_sparse_parameter()
 
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         self.fold()

@@ -10,14 +10,22 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from . import ops
+from .ops._library import is_sync_free
 
 
-def unique_entries(grad: Tensor) -> tuple[Tensor, Tensor]:
+def unique_entries(grad: Tensor, expected: int | None = None) -> tuple[Tensor, Tensor]:
     """Indices and values of a COO matrix with entries given twice summed.
 
     Autograd drops the mark that a gradient is coalesced; seeing that it is costs less than sorting.
+    On a GPU seeing it would make the host wait: there a gradient of as many entries as `expected`,
+    the number that one backward pass of a `SparseGradLinear` makes, is taken to be one.
     """
     indices, values = grad._indices(), grad._values()
+    if is_sync_free(grad):
+        if grad.is_coalesced() or values.shape[0] == expected:
+            return indices, values
+        grad = grad.coalesce()
+        return grad.indices(), grad.values()
     linear = indices[0] * grad.shape[1] + indices[1]
     if bool((linear[1:] > linear[:-1]).all()):
         return indices, values
@@ -39,6 +47,8 @@ class SparseAdam(Optimizer):
         betas: decay of the two moments, each in [0, 1).
         eps: added to the root of the second moment.
         weight_decay: AdamW's, for dense gradients.
+        capturable: keep the step counters on the parameters' device, so that `step` can be captured
+            in a CUDA graph; as in torch's optimizers, `lr` may then be a tensor.
 
     Raises:
         ValueError: a hyperparameter is outside its range.
@@ -51,6 +61,7 @@ class SparseAdam(Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        capturable: bool = False,
     ) -> None:
         if not float(lr) >= 0:
             raise ValueError(f"lr must not be negative, got {lr}")
@@ -61,7 +72,13 @@ class SparseAdam(Optimizer):
             raise ValueError(f"eps must not be negative, got {eps}")
         if not weight_decay >= 0:
             raise ValueError(f"weight_decay must not be negative, got {weight_decay}")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "capturable": capturable,
+        }
         super().__init__(params, defaults)
 
     @torch.no_grad()
@@ -78,7 +95,8 @@ class SparseAdam(Optimizer):
                     continue
                 state = self.state[param]
                 if not state:
-                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    device = param.device if group["capturable"] else None
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                     state["exp_avg"] = torch.zeros_like(param)
                     state["exp_avg_sq"] = torch.zeros_like(param)
                 if param.grad.layout is torch.sparse_coo:
@@ -90,8 +108,10 @@ class SparseAdam(Optimizer):
         return loss
 
     def _sparse_step(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        indices, values = unique_entries(cast(Tensor, param.grad))
+        expected = getattr(param, "sparse_grad_entries", None)
+        indices, values = unique_entries(cast(Tensor, param.grad), expected)
         state["step"] += 1
+        capturable = group["capturable"]
         beta1, beta2 = group["betas"]
         ops.sparse_adam_(
             param,
@@ -99,8 +119,8 @@ class SparseAdam(Optimizer):
             state["exp_avg_sq"],
             indices,
             values,
-            int(state["step"]),
-            float(group["lr"]),
+            state["step"] if capturable else int(state["step"]),
+            group["lr"] if capturable else float(group["lr"]),
             beta1,
             beta2,
             group["eps"],
@@ -116,6 +136,7 @@ class SparseAdam(Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
+            capturable=group["capturable"],
             amsgrad=False,
             beta1=beta1,
             beta2=beta2,
