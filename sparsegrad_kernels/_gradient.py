@@ -24,13 +24,15 @@ def backward(
     k: int,
     size: list[int],
     dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
     threshold: Tensor | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of input `[..., in]` and of the sparse parameter; None where not asked for.
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of input `[..., in]`, sparse parameter and bias `[out]`; None where not asked for.
 
-    The input gradient is asked for by giving `weight`, the sparse one, of the given size and dtype,
-    by giving `x`. Tokens whose output gradient is zero (padding) take no part. `threshold` is that
-    of `ops.grad_weight_topk`.
+    The input gradient is asked for by giving `weight`; the sparse one, of the given size and dtype,
+    by giving `x`; the bias's, in the original space in both weight spaces, by its dtype. Tokens
+    whose output gradient is zero (padding) take no part. `threshold` is that of
+    `ops.grad_weight_topk`.
     """
     out_shape = g.shape[:-1]
     g = g.reshape(-1, g.shape[-1])  # [T, out]
@@ -40,44 +42,39 @@ def backward(
         weight = weight.to(g.dtype)
     if u is not None and v is not None:
         u, v = u.to(g.dtype), v.to(g.dtype)
-    each = _sync_free_backward if is_sync_free(g) else _gathered_backward
-    grad_input, entries = each(g, x, weight, u, v, k, threshold)
-    if grad_input is not None:
-        grad_input = grad_input.reshape(*out_shape, grad_input.shape[1])
-    if entries is None:
-        return grad_input, None
-    indices, values = entries
-    grad_sparse = torch.sparse_coo_tensor(
-        indices, values.to(dtype), size, is_coalesced=True, check_invariants=False
-    )
-    return grad_input, grad_sparse
-
-
-_Both = tuple[Tensor | None, tuple[Tensor, Tensor] | None]
-
-
-def _gathered_backward(g, x, weight, u, v, k: int, threshold: Tensor | None) -> _Both:
-    rows, _ = ops.nonzero_rows_cols(g)
+    rows = None  # the tokens that take part, where they are known and not all
+    if not is_sync_free(g):
+        nonzero_rows, _ = ops.nonzero_rows_cols(g)
+        if nonzero_rows.shape[0] < g.shape[0]:
+            rows = nonzero_rows
     n_tokens = g.shape[0]
-    skip = rows.shape[0] < n_tokens
-    if skip:
+    if rows is not None:
         g = g.index_select(0, rows)
-    grad_input = entries = None
+    grad_input = grad_sparse = grad_bias = None
     if weight is not None:
-        grad_input = g @ weight
-        if skip:
-            whole = grad_input.new_zeros(n_tokens, weight.shape[1])
-            grad_input = whole.index_copy_(0, rows, grad_input)
+        grad_input = _grad_input(g, weight, rows, n_tokens)
+        grad_input = grad_input.reshape(*out_shape, weight.shape[1])
     if x is not None:
-        entries = rotated_grad_topk(g, x.index_select(0, rows) if skip else x, u, v, k)
-    return grad_input, entries
+        if is_sync_free(g):
+            indices, values = sync_free_rotated_grad_topk(g, x, u, v, k, threshold)
+        else:
+            x = x if rows is None else x.index_select(0, rows)
+            indices, values = rotated_grad_topk(g, x, u, v, k)
+        grad_sparse = torch.sparse_coo_tensor(
+            indices, values.to(dtype), size, is_coalesced=True, check_invariants=False
+        )
+    if bias_dtype is not None:
+        grad_bias = g.sum(0).to(bias_dtype)
+    return grad_input, grad_sparse, grad_bias
 
 
-def _sync_free_backward(g, x, weight, u, v, k: int, threshold: Tensor | None) -> _Both:
-    grad_input = None if weight is None else ops.sparse_dense_mm(g, weight)
-    if x is None:
-        return grad_input, None
-    return grad_input, sync_free_rotated_grad_topk(g, x, u, v, k, threshold)
+def _grad_input(g: Tensor, weight: Tensor, rows: Tensor | None, n_tokens: int) -> Tensor:
+    if is_sync_free(g):
+        return ops.sparse_dense_mm(g, weight)
+    grad_input = g @ weight
+    if rows is None:
+        return grad_input
+    return grad_input.new_zeros(n_tokens, weight.shape[1]).index_copy_(0, rows, grad_input)
 
 
 def _chain_cost(a: int, b: int, c: int, d: int) -> int:

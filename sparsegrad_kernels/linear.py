@@ -38,17 +38,14 @@ def _forward_fake(x, weight, bias, grad_target, u, v, k, threshold) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-def _backward_op(g, x, weight, u, v, k, size, dtype) -> tuple[Tensor, Tensor]:
+def _backward_op(g, x, weight, u, v, k, size, dtype, bias_dtype) -> tuple[Tensor, ...]:
     # An operator's schema has no optional results: an empty tensor stands for None.
-    grad_input, grad_sparse = backward(g, x, weight, u, v, k, size, dtype)
-    return (
-        g.new_empty(0) if grad_input is None else grad_input,
-        g.new_empty(0) if grad_sparse is None else grad_sparse,
-    )
+    gradients = backward(g, x, weight, u, v, k, size, dtype, bias_dtype)
+    return tuple(g.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
-def _backward_fake(g, x, weight, u, v, k, size, dtype) -> tuple[Tensor, Tensor]:
-    grad_input, grad_sparse = g.new_empty(0), g.new_empty(0)
+def _backward_fake(g, x, weight, u, v, k, size, dtype, bias_dtype) -> tuple[Tensor, ...]:
+    grad_input = grad_sparse = grad_bias = None
     if weight is not None:
         grad_input = g.new_empty(*g.shape[:-1], weight.shape[1])
     if x is not None:
@@ -56,7 +53,10 @@ def _backward_fake(g, x, weight, u, v, k, size, dtype) -> tuple[Tensor, Tensor]:
         grad_sparse = torch.sparse_coo_tensor(
             indices, values, size, is_coalesced=True, check_invariants=False
         )
-    return grad_input, grad_sparse
+    if bias_dtype is not None:
+        grad_bias = g.new_empty(g.shape[-1], dtype=bias_dtype)
+    gradients = (grad_input, grad_sparse, grad_bias)
+    return tuple(g.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 _fold_delta_op = define(
@@ -72,7 +72,7 @@ _linear_op = define(
 )
 _linear_backward_op = define(
     "_linear_backward(Tensor g, Tensor? x, Tensor? weight, Tensor? u, Tensor? v, int k, "
-    "int[] size, ScalarType dtype) -> (Tensor, Tensor)",
+    "int[] size, ScalarType dtype, ScalarType? bias_dtype) -> (Tensor, Tensor, Tensor)",
     _backward_op,
     _backward_fake,
 )
@@ -88,13 +88,6 @@ def _save(ctx: Any, x, weight, bias, grad_target, u, v, k, threshold) -> None:
     ctx.threshold = threshold
 
 
-def _grad_bias(ctx: Any, g: Tensor) -> Tensor | None:
-    """In the original space, in both weight spaces."""
-    if ctx.bias_dtype is None:
-        return None
-    return g.reshape(-1, g.shape[-1]).sum(0).to(ctx.bias_dtype)
-
-
 class SparseGradFunction(torch.autograd.Function):
     """`y = x W^T + b`, whose backward sends the COO gradient to `grad_target` (paper Table 2)."""
 
@@ -108,10 +101,9 @@ class SparseGradFunction(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor):
         x, weight, u, v = ctx.saved_tensors
         with torch.autocast(g.device.type, enabled=False):
-            grad_input, grad_sparse = backward(
-                g, x, weight, u, v, ctx.k, ctx.size, ctx.dtype, ctx.threshold
+            grad_input, grad_sparse, grad_bias = backward(
+                g, x, weight, u, v, ctx.k, ctx.size, ctx.dtype, ctx.bias_dtype, ctx.threshold
             )
-            grad_bias = _grad_bias(ctx, g)
         return grad_input, None, grad_bias, grad_sparse, None, None, None, None
 
 
@@ -123,11 +115,13 @@ def _setup_context(ctx: Any, inputs, output) -> None:
 
 def _compiled_backward(ctx: Any, g: Tensor):
     x, weight, u, v = ctx.saved_tensors
-    grad_input, grad_sparse = _linear_backward_op(g, x, weight, u, v, ctx.k, ctx.size, ctx.dtype)
+    grad_input, grad_sparse, grad_bias = _linear_backward_op(
+        g, x, weight, u, v, ctx.k, ctx.size, ctx.dtype, ctx.bias_dtype
+    )
     return (
         None if weight is None else grad_input,
         None,
-        _grad_bias(ctx, g),
+        None if ctx.bias_dtype is None else grad_bias,
         None if x is None else grad_sparse,
         None,
         None,
