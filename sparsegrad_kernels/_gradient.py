@@ -114,12 +114,12 @@ def rotated_grad_topk(
         return ops.grad_weight_topk(g, x, k)
     last = _cheapest(g, x, u, v)
     if last == "tokens":
-        left, right = (g @ v.T).T, x @ u.T
+        left, right = g @ v.T, x @ u.T
     elif last == "v":
-        left, right = v, torch.linalg.multi_dot([g.T, x, u.T])
+        left, right = v.T, torch.linalg.multi_dot([g.T, x, u.T])
     else:
-        left, right = torch.linalg.multi_dot([v, g.T, x]), u.T
-    return ops.topk_coo(left @ right, k)
+        left, right = torch.linalg.multi_dot([v, g.T, x]).T, u.T
+    return ops.grad_weight_topk(left, right, k)
 
 
 def sync_free_rotated_grad_topk(

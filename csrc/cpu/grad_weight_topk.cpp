@@ -2,7 +2,9 @@
 //
 // The product is made in blocks of its rows, each of which is searched while it is in cache. Only
 // a block and the entries that may be among the k largest so far are held, never the product.
+// Where bfloat16 products are fast, most of a float32 product is not made (screened_topk.h).
 #include "product.h"
+#include "screened_topk.h"
 #include "topk.h"
 
 namespace sparsegrad {
@@ -37,6 +39,11 @@ std::tuple<Tensor, Tensor> fused(
   const bool all_tokens = static_cast<int64_t>(kept.rows.size()) == g.size(0);
   std::vector<int64_t> all_in(n_in);
   const Tensor right = gather(x, kept.rows, all_in);  // [kept tokens, in]
+  if (g.scalar_type() == ScalarType::Float && n_kept > 0 && !kept.rows.empty()) {
+    if (auto found = screened_topk(gather(g, kept.rows, kept.cols), right, k, kept.cols)) {
+      return *found;
+    }
+  }
 
   const int64_t step = std::max<int64_t>(16, kBlock / n_in);
   Tensor block = empty({std::min(step, n_kept), n_in}, g.scalar_type());

@@ -97,6 +97,15 @@ void Candidates<Key>::add(const Key* bits, int64_t n, int64_t first) {
 }
 
 template <class Key>
+void Candidates<Key>::assign(const Key* bits, const std::vector<int64_t>& linear) {
+  size_ = 0;
+  make_room(static_cast<int64_t>(linear.size()));
+  size_ = static_cast<int64_t>(linear.size());
+  std::copy_n(bits, size_, bits_.get());
+  std::copy_n(linear.data(), size_, linear_.get());
+}
+
+template <class Key>
 void Candidates<Key>::append(const Candidates& other) {
   make_room(other.size_);
   std::copy_n(other.bits(), other.size_, bits_.get() + size_);

@@ -38,6 +38,8 @@ class Candidates {
 
   // n elements at linear indices from `first` on.
   void add(const Key* bits, int64_t n, int64_t first);
+  // Elements at given linear indices, ascending, in place of those held.
+  void assign(const Key* bits, const std::vector<int64_t>& linear);
   // What `other` has held since it was made or cleared, all of later indices.
   void append(const Candidates& other);
   void clear(Key lower) {
