@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import functools
 import os
@@ -20,10 +21,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 from .. import SparseGradConfig, __version__
+from ..diagnostics import Recorder
 from .data import Batches, DataError, TextData, encode, load_data
 from .methods import LEARNING_RATES, METHODS, prepare
 from .pretrained import Pretrained, find_pretrained
-from .report import Result, output_folder, plot_losses, table, write_metrics
+from .report import Result, output_folder, plot_losses, table, write_diagnosis, write_metrics
 from .train import TrainingError, batch_loss, evaluate, train
 
 
@@ -62,6 +64,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--device", help="cpu, cuda, cuda:1, ...; by default cuda if there is one")
     add("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    add(
+        "--diagnose",
+        action="store_true",
+        help="look at the gradients on the way (sparsegrad, meprop): figures and diagnosis.json",
+    )
     add("--out", metavar="DIR", help="a new folder; by default sparsegrad-out/<date and time>")
     return parser
 
@@ -163,19 +170,24 @@ class Job:
             args.basis_steps,
         )
         print(f"{method}: {prepared.about}, {self.n_steps} steps at lr {lr:g}", flush=True)
-        history = train(
-            prepared.model,
-            prepared.optimizer,
-            self.train_batches(args.seed),
-            self.n_steps,
-            self.device,
-            self.dtype,
-            title=method,
-        )
+        diagnose = args.diagnose and method in ("sparsegrad", "meprop")
+        recorder = Recorder(prepared.model, max(1, self.n_steps // 15)) if diagnose else None
+        with recorder or contextlib.nullcontext():
+            history = train(
+                prepared.model,
+                prepared.optimizer,
+                self.train_batches(args.seed),
+                self.n_steps,
+                self.device,
+                self.dtype,
+                title=method,
+            )
         merged: Any = prepared.merged()
         metric, score = evaluate(merged, self.eval_batches(), self.device, self.dtype)
         merged.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
+        if recorder is not None:
+            write_diagnosis(folder.with_name(f"diagnosis-{method}"), recorder.diagnosis())
         return Result(
             method=method,
             about=prepared.about,

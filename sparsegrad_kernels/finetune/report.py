@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..diagnostics import Diagnosis, draw
+
 
 @dataclass(frozen=True)
 class Result:
@@ -77,6 +79,20 @@ def plot_losses(path: Path, results: Sequence[Result]) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def write_diagnosis(folder: Path, diagnosis: Diagnosis) -> None:
+    """The figures of `diagnostics.draw`, and the numbers behind those over steps."""
+    folder.mkdir()
+    numbers = {
+        layer: {
+            name: value for name, value in vars(record).items() if isinstance(value, (int, list))
+        }
+        for layer, record in diagnosis.items()
+    }
+    (folder / "diagnosis.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    for name, figure in draw(diagnosis).items():
+        figure.savefig(folder / f"{name}.png", dpi=110)
 
 
 @contextlib.contextmanager
