@@ -177,7 +177,10 @@ def _pooled(matrix: Tensor, size: int) -> Tensor:
 def _panels(diagnosis: Diagnosis, columns: int, height: float) -> tuple[Figure, Iterator[Any]]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * columns, height * len(diagnosis)), layout="constrained")
+    figure = Figure(
+        figsize=(4.6 * columns if columns > 1 else 7.0, height * len(diagnosis)),
+        layout="constrained",
+    )
     axes = figure.subplots(len(diagnosis), columns, squeeze=False)
     return figure, iter(axes)
 
@@ -257,7 +260,7 @@ def _draw_grad_output(diagnosis: Diagnosis) -> Figure:
     for (name, record), (axes,) in zip(diagnosis.items(), rows, strict=True):
         assert record.grad_output is not None
         share = 100 * record.nonzero_rows[-1]
-        title = f"{name}: gradient of the output, {share:.0f} % of the tokens have one"
+        title = f"{name}\ngradient of the output: {share:.0f} % of the tokens have one"
         _show(figure, axes, record.grad_output, title)
         axes.set_xlabel("out")
         axes.set_ylabel("token")
