@@ -45,11 +45,13 @@ def prepare(
     config: SparseGradConfig,
     lr: float,
     basis_steps: int,
+    task_type: str = "SEQ_CLS",
 ) -> Prepared:
     """Make the MLP linears that `config` selects trainable by `method`, with the head.
 
     All methods train the biases of these linears and the head as they are, and nothing else. LoRA's
-    rank is the one whose numbers come closest to SparseGrad's k entries per linear.
+    rank is the one whose numbers come closest to SparseGrad's k entries per linear; `task_type` is
+    peft's.
     """
     targets = find_targets(model, config)
     model.requires_grad_(False)
@@ -64,7 +66,7 @@ def prepare(
             cast(nn.Parameter, target.module.weight).requires_grad_(True)
         return _prepared(model, lr, f"AdamW on {len(targets)} linears")
     if method == "lora":
-        return _lora(model, list(targets), config, lr)
+        return _lora(model, list(targets), config, lr, task_type)
     if method not in METHODS:
         raise ValueError(f"method must be one of {METHODS}, got {method!r}")
     basis = None
@@ -88,7 +90,9 @@ def _prepared(model: nn.Module, lr: float, about: str, sparse: int = 0) -> Prepa
     return Prepared(model, SparseAdam(trained, lr=lr), dense + sparse, about)
 
 
-def _lora(model: nn.Module, names: list[str], config: SparseGradConfig, lr: float) -> Prepared:
+def _lora(
+    model: nn.Module, names: list[str], config: SparseGradConfig, lr: float, task_type: str
+) -> Prepared:
     from peft import LoraConfig, TaskType, get_peft_model
 
     modules = dict(model.named_modules())
@@ -98,7 +102,7 @@ def _lora(model: nn.Module, names: list[str], config: SparseGradConfig, lr: floa
     lora = get_peft_model(
         model,
         LoraConfig(
-            task_type=TaskType.SEQ_CLS,
+            task_type=TaskType(task_type),
             r=rank,
             lora_alpha=2 * rank,
             target_modules=names,
