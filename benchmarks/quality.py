@@ -3,7 +3,7 @@
 python benchmarks/quality.py --task tweets [--only sparsegrad-0.01 lora] [--trials 4] [--seeds 3]
 
 Every setting gets the same search for its own learning rate (optuna; scored on texts taken from
-the training ones), then trains with `--seeds` seeds at the best of them, scored on the held-out texts.
+the training ones), then trains with `--seeds` seeds at the best of them, scored on held-out texts.
 Every finished run is kept in `results/quality-<task>.jsonl` and in optuna's journal beside it: call
 it again to go on where it was stopped. `--table` prints what there is.
 """
