@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import knobs
 from triton.runtime.autotuner import Autotuner, Heuristics
@@ -165,12 +165,32 @@ class Reads(TorchDispatchMode):
             value = self.read(tensor, "tolist")
             return [value] * tensor.numel() if value else tolist(tensor)
 
-        Tensor.tolist = counted
+        Tensor.tolist = FakeTensor.tolist = counted
         try:
             with self:
                 yield
         finally:
-            Tensor.tolist = tolist
+            Tensor.tolist = FakeTensor.tolist = tolist
+
+
+def index(tensor: Tensor, at: Any) -> Tensor:
+    """`tensor[at]` for fake CUDA tensors under a torch without CUDA, whose own needs the device."""
+    parts = at if isinstance(at, tuple) else (at,)
+    if any(isinstance(part, Tensor) for part in parts):
+        return torch.ops.aten.index(tensor, list(parts))
+    dim = 0
+    for part in parts:
+        if isinstance(part, int):
+            tensor = tensor.select(dim, part)
+            continue
+        if part is None:
+            tensor = tensor.unsqueeze(dim)
+        elif isinstance(part, slice):
+            tensor = torch.ops.aten.slice(tensor, dim, part.start, part.stop, part.step or 1)
+        else:
+            raise NotImplementedError(f"an index of type {type(part).__name__}")
+        dim += 1
+    return tensor
 
 
 def arguments(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> dict[str, Any]:
@@ -237,6 +257,9 @@ def main() -> None:
         launches.watch_interpreter()
     else:
         launches.leave_out()
+        if not torch.cuda.is_available():
+            Tensor.__getitem__ = index
+            Tensor.__int__ = Tensor.__index__ = Tensor.item
     found: dict[str, Any] = {}
     with nullcontext() if INTERPRETING else FakeTensorMode(allow_non_fake_inputs=True):
         for name, launcher in launchers.items():

@@ -58,9 +58,13 @@ def test_interpreter_serves_every_operator_on_the_cpu():
 
 
 @cache
+def _launches(interpret: bool) -> subprocess.CompletedProcess:
+    return run([str(Path(__file__).parent / "launches.py")], interpret, "reference")
+
+
 def launches(interpret: bool) -> dict:
     """What `launches.py` prints."""
-    result = run([str(Path(__file__).parent / "launches.py")], interpret, "reference")
+    result = _launches(interpret)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
