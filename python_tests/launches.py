@@ -58,7 +58,7 @@ def load() -> tuple[dict[str, Callable[..., Any]], dict[str, list]]:
     ahead_of_time = {}
     for path in sorted(Path(FOLDERS[0]).glob("[!_]*.py")):
         module = importlib.import_module(f"sparsegrad_kernels._triton.{path.stem}")
-        ahead_of_time[path.stem] = module.AOT
+        ahead_of_time[path.stem] = getattr(module, "AOT", [])
     return launchers, ahead_of_time
 
 
