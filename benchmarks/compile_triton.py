@@ -65,7 +65,7 @@ def entries(module: str) -> list[Entry]:
     for kernel, signature, constexprs, options in getattr(imported, "AOT", ()):
         while not isinstance(kernel, triton.JITFunction):
             kernel = kernel.fn
-        # An integer argument among the constants is one that a launch specialises on: a stride of 1.
+        # An integer among the constants is one that a launch specialises on: a stride of 1.
         runtime = {name: kind for name, kind in signature.items() if name not in constexprs}
         whole = {name: runtime.get(name, "constexpr") for name in kernel.arg_names}
         entry = Entry(kernel, whole, constexprs, options)

@@ -46,8 +46,10 @@ TYPES = {
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # [tokens, out_features, in_features]
 SHAPES = {"odd": (37, 21, 19), "empty": (0, 5, 4)}
-if not INTERPRETING:
-    SHAPES["large"] = (2**18, 2**17, 2**15)  # offsets beyond 2^31: fake tensors take no memory
+if not INTERPRETING:  # fake tensors take no memory
+    SHAPES["wide"] = (40, 9000, 50)  # long sums for a small result
+    SHAPES["tall"] = (9000, 40, 50)
+    SHAPES["large"] = (2**18, 2**17, 2**15)  # offsets beyond 2^31
 
 
 def load() -> tuple[dict[str, Callable[..., Any]], dict[str, list]]:
