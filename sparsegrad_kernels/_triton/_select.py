@@ -38,7 +38,7 @@ from ._radix import (
 )
 
 WIDTH = 128  # entries of a segment: their columns must fit a byte
-SLACK = 0.8  # what is kept of the k-th magnitude as the next threshold
+SLACK = tl.constexpr(0.8)  # what is kept of the k-th magnitude as the next threshold
 
 # Segments per program, entries of each looked at together; about 1 to 4 of 128 are candidates.
 GROUP = {"SEGMENTS": 64, "ENTRIES": 16, "num_warps": 4}
@@ -174,7 +174,7 @@ def count_kernel(
 def write_kernel(
     c, state, values, columns, offsets, counts, n_segments, per_row, cols, numel,
     stride_row, stride_col, group_above, group_equal, out_indices, out_values, k, out_cols,
-    carried, slack,
+    carried,
     WIDTH: tl.constexpr, SEGMENTS: tl.constexpr, ENTRIES: tl.constexpr, INT64: tl.constexpr,
     CARRY: tl.constexpr,
 ):  # fmt: skip
@@ -210,7 +210,7 @@ def write_kernel(
         place += tl.sum(ones, 1)
         before_equal += tl.sum(equal, 1)
     if CARRY and group == 0:
-        tl.store(carried, slack * magnitude_of(threshold, out_values.dtype.element_ty))
+        tl.store(carried, SLACK * magnitude_of(threshold, out_values.dtype.element_ty))
 
 
 @dataclass(frozen=True)
@@ -289,7 +289,40 @@ def select(
     count_kernel[grid](*arguments, group_above, group_equal, **options)
     write_kernel[grid](
         *arguments, group_above, group_equal, indices, values, k, matrix.shape[1],
-        carried if carried is not None else state, SLACK,
+        carried if carried is not None else state,
         CARRY=carried is not None, **options,
     )  # fmt: skip
     return indices, values
+
+
+def compiled_ahead(
+    kernel: Any, dtype: torch.dtype, int64: bool, num_warps: int, **constexprs: Any
+) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    """An item of an `AOT` list, the types of whose arguments follow from their names."""
+    name = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16"}.get(dtype, "fp16")
+    wide = "i64" if int64 else "i32"
+    state = "*i64" if int64 or dtype is torch.float64 else "*i32"
+    types = dict.fromkeys(("c", "values", "out_values", "g", "x"), f"*{name}")
+    types |= dict.fromkeys(("state", "group_above", "group_equal"), state)
+    types |= dict.fromkeys(("offsets", "counts"), "*i32") | dict.fromkeys(("capacity", "k"), "i32")
+    types |= {"columns": "*u8", "out_indices": "*i64", "carried": "*fp32", "rank": "i32"}
+    if "INT64" in kernel.arg_names:
+        constexprs["INT64"] = int64
+    signature = {
+        argument: types.get(argument, wide)
+        for argument in kernel.arg_names
+        if argument not in constexprs
+    }
+    return kernel, signature, constexprs, dict(num_warps=num_warps, num_stages=1)
+
+
+def selection_ahead(dtype: torch.dtype, int64: bool, carry: bool) -> list[Any]:
+    fixed: dict[str, Any] = dict(WIDTH=WIDTH, **GROUP)
+    return [
+        *(
+            compiled_ahead(refine_kernel, dtype, int64, PASS=index, **fixed)
+            for index in range(PASSES[dtype])
+        ),
+        compiled_ahead(count_kernel, dtype, int64, **fixed),
+        compiled_ahead(write_kernel, dtype, int64, CARRY=carry, **fixed),
+    ]

@@ -7,6 +7,7 @@ looks at the matrix again instead.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -34,7 +35,16 @@ from ._radix import (
     is_last,
     magnitude_key,
 )
-from ._select import COLLECTED, SAMPLED, WIDTH, Candidates, Segments, select
+from ._select import (
+    COLLECTED,
+    SAMPLED,
+    WIDTH,
+    Candidates,
+    Segments,
+    compiled_ahead,
+    select,
+    selection_ahead,
+)
 
 SAMPLE_SIZE = 2**17
 CLUSTER = 8  # neighbours sampled together: a sector of memory
@@ -170,3 +180,21 @@ def topk_coo(c: Tensor, k: int) -> tuple[Tensor, Tensor]:
     candidates = Candidates(segments, 4 * max(k, expected_candidates(numel, k)))
     collect(segments, candidates, gated=False)
     return select(segments, candidates)
+
+
+def collection_ahead(dtype: torch.dtype, int64: bool, gated: bool) -> list[Any]:
+    shared: dict[str, Any] = dict(KEY_BITS=KEY_BITS[dtype], GATED=gated)
+    return [
+        compiled_ahead(
+            sample_kernel, dtype, int64, BLOCK=SAMPLE_BLOCK, CLUSTER=CLUSTER,
+            SAMPLE_BITS=SAMPLE_BITS[dtype], num_warps=4, **shared,
+        ),
+        compiled_ahead(collect_kernel, dtype, int64, WIDTH=WIDTH, **COLLECT, **shared),
+    ]  # fmt: skip
+
+
+AOT = [
+    item
+    for dtype, int64 in [*((dtype, False) for dtype in KEY_BITS), (torch.float32, True)]
+    for item in collection_ahead(dtype, int64, False) + selection_ahead(dtype, int64, False)
+]
