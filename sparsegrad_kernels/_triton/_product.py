@@ -29,6 +29,9 @@ EITHER = tl.constexpr(2)  # through the list, unless it holds every index: found
 # A sum is split at multiples of this, which every BLOCK_K divides: the tuning moves no split.
 SPLIT_UNIT = tl.constexpr(128)
 
+# Triton's interpreter (3.9) multiplies bfloat16 by its bits, as integers.
+_CONVERT = tl.constexpr(INTERPRETING)
+
 
 @triton.jit
 def tile_of(program, n_row_tiles, n_col_tiles, GROUP: tl.constexpr):
@@ -91,7 +94,7 @@ def _sums(
             mask=mask[:, None] & col_mask[None, :],
             other=0.0,
         )  # [BLOCK_K, BLOCK_N]
-        if a.dtype.element_ty != b.dtype.element_ty:
+        if _CONVERT or a.dtype.element_ty != b.dtype.element_ty:
             a_tile = a_tile.to(wide)
             b_tile = b_tile.to(wide)
         sums = tl.dot(a_tile, b_tile, sums, input_precision=PRECISION, out_dtype=wide)
