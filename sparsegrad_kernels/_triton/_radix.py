@@ -157,3 +157,14 @@ def bracket_kth(state, k, lower, KEY_BITS: tl.constexpr):
     tl.store(state + BASE, lower + edge)
     tl.store(state + BITS, tl.where(narrow, NARROW, WIDE).to(dtype))
     tl.store(state + RANK, (k - above).to(dtype))
+
+
+@triton.jit
+def forget_candidates(state):
+    """The candidates of a carried threshold are not used: the state as before they were sought."""
+    CHUNK: tl.constexpr = 2048
+    zeros = tl.zeros((CHUNK,), state.dtype.element_ty)
+    for start in range(0, REPLICAS * BINS, CHUNK):
+        tl.store(state + COARSE + start + tl.arange(0, CHUNK), zeros)
+    tl.store(state + TOTAL, tl.full((), 0, state.dtype.element_ty))
+    tl.store(state + INEXACT, tl.full((), 1, state.dtype.element_ty))

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.grad_weight_topk import SLACK
 from ._common import needs_int64
 from ._radix import (
     BASE,
@@ -37,11 +38,9 @@ from ._radix import (
     magnitude_of,
 )
 
-WIDTH = 128  # entries of a segment: their columns must fit a byte
-SLACK = 0.8  # what is kept of the k-th magnitude as the next threshold
-
-# Segments per program, entries of each looked at together; about 1 to 4 of 128 are candidates.
-GROUP = {"SEGMENTS": 64, "ENTRIES": 16, "num_warps": 4}
+# Segments per program, entries of each looked at together: of 128, about 1 to 4 are candidates.
+GROUP = {"SEGMENTS": 64, "ENTRIES": 8, "num_warps": 4}
+KEPT = tl.constexpr(SLACK)
 # Launches that count their finished programs, in the order of their counters.
 SAMPLED, COLLECTED, COUNTED, NEARED, REFINED = (tl.constexpr(i) for i in range(5))
 
@@ -143,7 +142,7 @@ def count_kernel(
     WIDTH: tl.constexpr, SEGMENTS: tl.constexpr, ENTRIES: tl.constexpr, INT64: tl.constexpr,
 ):  # fmt: skip
     """`group_above[i]`, `group_equal[i]`: entries above and equal to the k-th in groups < i."""
-    SCAN: tl.constexpr = 2048
+    SCAN: tl.constexpr = 1024
     dtype: tl.constexpr = state.dtype.element_ty
     group, n_groups = tl.program_id(0), tl.num_programs(0)
     threshold = tl.load(state + BASE)
@@ -174,7 +173,7 @@ def count_kernel(
 def write_kernel(
     c, state, values, columns, offsets, counts, n_segments, per_row, cols, numel,
     stride_row, stride_col, group_above, group_equal, out_indices, out_values, k, out_cols,
-    carried, slack,
+    carried,
     WIDTH: tl.constexpr, SEGMENTS: tl.constexpr, ENTRIES: tl.constexpr, INT64: tl.constexpr,
     CARRY: tl.constexpr,
 ):  # fmt: skip
@@ -210,35 +209,38 @@ def write_kernel(
         place += tl.sum(ones, 1)
         before_equal += tl.sum(equal, 1)
     if CARRY and group == 0:
-        tl.store(carried, slack * magnitude_of(threshold, out_values.dtype.element_ty))
+        tl.store(carried, magnitude_of(threshold, out_values.dtype.element_ty) * KEPT)
 
 
 @dataclass(frozen=True)
 class Segments:
-    """A matrix `[rows, cols]` cut into segments of WIDTH neighbours in a row, for `k` of `numel`.
+    """A matrix cut into segments of `width` neighbours in a row, of which k entries are selected.
 
-    A contiguous matrix is cut regardless of its rows: it is a matrix WIDTH wide.
+    Args:
+        width: at most 256, for columns within a segment are bytes.
+        flat: cut a contiguous matrix regardless of its rows, as if it were `width` wide.
     """
 
     matrix: Tensor
     k: int
+    width: int
     flat: bool
 
     @property
     def rows(self) -> int:
-        return -(-self.matrix.numel() // WIDTH) if self.flat else self.matrix.shape[0]
+        return -(-self.matrix.numel() // self.width) if self.flat else self.matrix.shape[0]
 
     @property
     def cols(self) -> int:
-        return WIDTH if self.flat else self.matrix.shape[1]
+        return self.width if self.flat else self.matrix.shape[1]
 
     @property
     def strides(self) -> tuple[int, int]:
-        return (WIDTH, 1) if self.flat else self.matrix.stride()
+        return (self.width, 1) if self.flat else self.matrix.stride()
 
     @property
     def per_row(self) -> int:
-        return -(-self.cols // WIDTH)
+        return -(-self.cols // self.width)
 
     @property
     def n_segments(self) -> int:
@@ -282,14 +284,50 @@ def select(
         matrix, state, *candidates.buffers, segments.n_segments, segments.per_row, segments.cols,
         matrix.numel(), *segments.strides,
     )  # fmt: skip
-    options: dict[str, Any] = dict(WIDTH=WIDTH, INT64=segments.int64, **GROUP)
+    options: dict[str, Any] = dict(WIDTH=segments.width, INT64=segments.int64, **GROUP)
     grid = (n_groups,)
     for index in range(PASSES[matrix.dtype]):
         refine_kernel[grid](*arguments, PASS=index, **options)
     count_kernel[grid](*arguments, group_above, group_equal, **options)
     write_kernel[grid](
         *arguments, group_above, group_equal, indices, values, k, matrix.shape[1],
-        carried if carried is not None else state, SLACK,
+        carried if carried is not None else state,
         CARRY=carried is not None, **options,
     )  # fmt: skip
     return indices, values
+
+
+def compiled_ahead(
+    kernel: Any, dtype: torch.dtype, int64: bool, num_warps: int, **constexprs: Any
+) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    """An item of an `AOT` list, the types of whose arguments follow from their names."""
+    name = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16"}.get(dtype, "fp16")
+    wide = "i64" if int64 else "i32"
+    state = "*i64" if int64 or dtype is torch.float64 else "*i32"
+    types = dict.fromkeys(("c", "a", "b", "dense", "values", "out_values"), f"*{name}")
+    types |= dict.fromkeys(("state", "group_above", "group_equal"), state)
+    types |= dict.fromkeys(("offsets", "counts", "inner", "kept"), "*i32")
+    types |= dict.fromkeys(("capacity", "k", "rank"), "i32")
+    types |= {"columns": "*u8", "out_indices": "*i64", "carried": "*fp32"}
+    if "inner" in kernel.arg_names:
+        types["rows"] = "*i32"
+    if "INT64" in kernel.arg_names:
+        constexprs["INT64"] = int64
+    signature = {
+        argument: types.get(argument, wide)
+        for argument in kernel.arg_names
+        if argument not in constexprs
+    }
+    return kernel, signature, constexprs, dict(num_warps=num_warps, num_stages=1)
+
+
+def selection_ahead(dtype: torch.dtype, int64: bool, width: int, carry: bool) -> list[Any]:
+    fixed: dict[str, Any] = dict(WIDTH=width, **GROUP)
+    return [
+        *(
+            compiled_ahead(refine_kernel, dtype, int64, PASS=index, **fixed)
+            for index in range(PASSES[dtype])
+        ),
+        compiled_ahead(count_kernel, dtype, int64, **fixed),
+        compiled_ahead(write_kernel, dtype, int64, CARRY=carry, **fixed),
+    ]

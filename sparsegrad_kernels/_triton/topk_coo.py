@@ -7,6 +7,7 @@ looks at the matrix again instead.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -34,13 +35,22 @@ from ._radix import (
     is_last,
     magnitude_key,
 )
-from ._select import COLLECTED, SAMPLED, WIDTH, Candidates, Segments, select
+from ._select import (
+    COLLECTED,
+    SAMPLED,
+    Candidates,
+    Segments,
+    compiled_ahead,
+    select,
+    selection_ahead,
+)
 
 SAMPLE_SIZE = 2**17
 CLUSTER = 8  # neighbours sampled together: a sector of memory
 SAMPLE_BLOCK = 1024
+WIDTH = 128
 # Segments of a program's tile.
-COLLECT = {"SEGMENTS": 64, "num_warps": 8}
+COLLECT = {"SEGMENTS": 16, "num_warps": 4}
 
 
 @triton.jit
@@ -131,8 +141,10 @@ def sample_plan(numel: int, k: int) -> tuple[int, int, int]:
     return n_clusters, numel // n_clusters, min(rank, SAMPLE_SIZE)
 
 
-def expected_candidates(numel: int, k: int) -> int:
-    return -(-sample_plan(numel, k)[2] * numel // min(numel, SAMPLE_SIZE))
+def room(numel: int, k: int) -> int:
+    """For how many candidates: several times those expected, for what sampling cannot foresee."""
+    expected = -(-sample_plan(numel, k)[2] * numel // min(numel, SAMPLE_SIZE))
+    return 4 * max(expected, 2 * k)
 
 
 def collect(segments: Segments, candidates: Candidates, gated: bool) -> None:
@@ -148,7 +160,7 @@ def collect(segments: Segments, candidates: Candidates, gated: bool) -> None:
     collect_kernel[grid](
         matrix, state, *candidates.buffers, candidates.capacity, segments.k,
         segments.rows, segments.cols, numel, segments.per_row, *segments.strides,
-        WIDTH=WIDTH, **COLLECT, **shared,
+        WIDTH=segments.width, **COLLECT, **shared,
     )  # fmt: skip
 
 
@@ -166,7 +178,26 @@ def topk_coo(c: Tensor, k: int) -> tuple[Tensor, Tensor]:
     numel = c.numel()
     if k >= numel:
         return everything(c)
-    segments = Segments(c, k, flat=c.is_contiguous())
-    candidates = Candidates(segments, 4 * max(k, expected_candidates(numel, k)))
+    segments = Segments(c, k, WIDTH, flat=c.is_contiguous())
+    candidates = Candidates(segments, room(numel, k))
     collect(segments, candidates, gated=False)
     return select(segments, candidates)
+
+
+def collection_ahead(dtype: torch.dtype, int64: bool, width: int, gated: bool) -> list[Any]:
+    shared: dict[str, Any] = dict(KEY_BITS=KEY_BITS[dtype], GATED=gated)
+    return [
+        compiled_ahead(
+            sample_kernel, dtype, int64, BLOCK=SAMPLE_BLOCK, CLUSTER=CLUSTER,
+            SAMPLE_BITS=SAMPLE_BITS[dtype], num_warps=4, **shared,
+        ),
+        compiled_ahead(collect_kernel, dtype, int64, WIDTH=width, **COLLECT, **shared),
+    ]  # fmt: skip
+
+
+AOT = [
+    item
+    for dtype, int64 in [*((dtype, False) for dtype in KEY_BITS), (torch.float32, True)]
+    for item in collection_ahead(dtype, int64, WIDTH, False)
+    + selection_ahead(dtype, int64, WIDTH, False)
+]
