@@ -219,6 +219,7 @@ def arguments(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> dic
         **dict.fromkeys(("param", "exp_avg", "exp_avg_sq", "weight"), lambda: matrix(n_out, n_in)),
         "indices": lambda: torch.stack([entries, entries]),
         "values": lambda: tensor(k),
+        "threshold": lambda: tensor(1, dtype=torch.float32),
         "k": lambda: k,
         "tol": lambda: 0.0,
         "lr": lambda: 1e-3,
