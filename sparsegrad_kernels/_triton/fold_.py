@@ -214,7 +214,12 @@ def _aligned_product(name: str, narrow: bool) -> tuple[dict[str, str], dict[str,
     signature |= {"a": "*fp32" if narrow else f"*{name}", "b": f"*{name}"}
     integers = ("row_stride", "a_inner_stride", "b_inner_stride", "n_inner", "n_rows", "n_cols")
     signature |= dict.fromkeys((*integers, "bucket"), "i32")
-    constants = {"col_stride": 1, "a_row_stride": 1, "b_col_stride": 1, "STOCHASTIC": narrow}
+    constants: dict[str, Any] = {
+        "col_stride": 1,
+        "a_row_stride": 1,
+        "b_col_stride": 1,
+        "STOCHASTIC": narrow,
+    }
     constants |= {"ROWS": ALL.value, "INNER": LISTED.value}
     if not narrow:
         del signature["seed"]
