@@ -206,3 +206,56 @@ def fold_(
     weight: Tensor, u: Tensor | None, v: Tensor | None, indices: Tensor, values: Tensor
 ) -> None:
     fold_stochastic_(weight, u, v, indices, values, None)
+
+
+def _aligned_product(name: str, narrow: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    signature = {"weight": f"*{name}", "inner": "*i32", "seed": "*i64"}
+    # The factor the entries were multiplied into is wide; each may be either.
+    signature |= {"a": "*fp32" if narrow else f"*{name}", "b": f"*{name}"}
+    integers = ("row_stride", "a_inner_stride", "b_inner_stride", "n_inner", "n_rows", "n_cols")
+    signature |= dict.fromkeys((*integers, "bucket"), "i32")
+    constants: dict[str, Any] = {
+        "col_stride": 1,
+        "a_row_stride": 1,
+        "b_col_stride": 1,
+        "STOCHASTIC": narrow,
+    }
+    constants |= {"ROWS": ALL.value, "INNER": LISTED.value}
+    if not narrow:
+        del signature["seed"]
+        constants["seed"] = None
+    return signature, constants
+
+
+def _ahead_of_time() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    entries: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = []
+    for name in ("fp32", "bf16", "fp16", "fp64"):
+        narrow, wide = name in ("bf16", "fp16"), "fp64" if name == "fp64" else "fp32"
+        options = {"num_warps": 4, "num_stages": 3}
+        seed = {"seed": "*i64"} if narrow else {}
+        no_seed = {} if narrow else {"seed": None}
+        strides = dict.fromkeys(("row_stride", "n_cols", "n"), "i32")
+        signature = {"weight": f"*{name}", "keys": "*i64", "order": "*i64", "values": f"*{name}"}
+        constants = {"col_stride": 1, "value_stride": 1, "STOCHASTIC": narrow} | no_seed
+        constants |= {"BLOCK": _ENTRIES_BLOCK}
+        entries.append((_add_entries_kernel, signature | strides | seed, constants, options))
+
+        pointers = {"basis": f"*{name}", "values": f"*{name}", "out": f"*{wide}"}
+        pointers |= {"starts": "*i64", "order": "*i64", "inner": "*i64", "present": "*i32"}
+        for width in ("i32", "i64"):
+            sizes = {"basis_row_stride": width, "n_cols": "i32"}
+            ones = dict.fromkeys(("basis_col_stride", "inner_stride", "value_stride"), 1)
+            tile = {key: size for key, size in _GROUP_TILE.items() if key != "num_warps"}
+            entries.append((_sparse_times_kernel, pointers | sizes, ones | tile, options))
+
+        signature, constants = _aligned_product(name, narrow)
+        for config in CONFIGS[8 if name == "fp64" else 4]:
+            options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+            for precise in ("tf32",) if narrow or name == "fp64" else ("tf32", "ieee"):
+                chosen = constants | {"PRECISION": precise, "WIDE": False} | config.kwargs
+                entries.append((_add_product_kernel, signature, chosen, options))
+        entries.append((_add_product_kernel, signature, chosen | {"WIDE": True}, options))
+    return entries
+
+
+AOT = _ahead_of_time()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -205,30 +206,44 @@ _PRODUCT_INTEGERS = (
 )  # fmt: skip
 
 
-def _variants() -> Any:
-    """Every tile of every dtype, A contiguous along either axis; one with 64-bit offsets."""
-    for name, size in (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8)):
-        for config in CONFIGS[size]:
-            for inner_contiguous in (True, False):
-                yield name, config, inner_contiguous, False
-        yield name, CONFIGS[size][0], True, True
+def _product_variant(
+    name: str,
+    config: triton.Config,
+    ones: tuple[str, ...],
+    addressed: tuple[int, int],
+    **given: Any,
+) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    pointers = {"a": f"*{name}", "b": f"*{name}", "out": f"*{name}"}
+    pointers |= {"rows": "*i32", "inner": "*i32", "counts": "*i32"}
+    sizes = dict.fromkeys(_PRODUCT_INTEGERS, "i32")
+    contiguous = dict.fromkeys((*ones, "b_col_stride", "out_col_stride"), 1)
+    signature = {key: kind for key, kind in (pointers | sizes).items() if key not in contiguous}
+    rows, inner = addressed
+    constants = {"SCATTER": True, "WIDE": False, "ROWS": rows, "INNER": inner}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return _product_kernel, signature, contiguous | constants | given | config.kwargs, options
 
 
 def _ahead_of_time() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """Every tile of every dtype, A contiguous along either axis or none, parts and 64 bits."""
+    listed_, either = LISTED.value, EITHER.value
+    layouts = (("a_inner_stride",), (listed_, either)), (("a_row_stride",), (either, listed_))
     entries = []
-    for name, config, inner_contiguous, wide_offsets in _variants():
-        signature = {"a": f"*{name}", "b": f"*{name}", "out": f"*{name}"}
-        signature |= {"rows": "*i32", "inner": "*i32", "counts": "*i32"}
-        signature |= dict.fromkeys(_PRODUCT_INTEGERS, "i32")
-        contiguous = "a_inner_stride" if inner_contiguous else "a_row_stride"
-        ones = {contiguous: 1, "b_col_stride": 1, "out_col_stride": 1}
-        kept = LISTED.value, EITHER.value
-        rows, inner = kept if inner_contiguous else reversed(kept)
-        constants = ones | {"SCATTER": True, "ROWS": rows, "INNER": inner, "WIDE": wide_offsets}
-        constants |= {"PRECISION": "tf32" if inner_contiguous else "ieee"} | config.kwargs
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        types = {key: kind for key, kind in signature.items() if key not in ones}
-        entries.append((_product_kernel, types, constants, options))
+    for name, size in (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8)):
+        precisions = ("tf32", "ieee") if name == "fp32" else ("ieee",)
+        for config, (ones, addressed), by in product(CONFIGS[size], layouts, precisions):
+            entries.append(_product_variant(name, config, ones, addressed, PRECISION=by))
+        first = CONFIGS[size][0], (), (listed_, listed_)
+        entries.append(_product_variant(name, *first, PRECISION="ieee", SCATTER=False))
+        entries.append(_product_variant(name, *first, PRECISION="ieee", WIDE=True))
+        wide = "fp64" if name == "fp64" else "fp32"
+        signature = {"parts": f"*{wide}", "out": f"*{name}", "rows": "*i32", "counts": "*i32"}
+        signature |= {"part_stride": "i64", "all_rows": "i32", "n_cols": "i32", "n_parts": "i32"}
+        tile = {key: number for key, number in _ADD_TILE.items() if key != "num_warps"}
+        options = {"num_warps": _ADD_TILE["num_warps"], "num_stages": 3}
+        entries.append(
+            (_add_parts_kernel, signature, {"SCATTER": True, "WIDE": True} | tile, options)
+        )
     return entries
 
 
