@@ -235,6 +235,8 @@ def arguments(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> dic
             chosen["step"] = tensor(dtype=torch.float32) if is_tensor else 1
         elif argument.name in known:
             chosen[argument.name] = known[argument.name]()
+        elif str(argument.type) == "int":
+            chosen[argument.name] = 1
         elif not argument.has_default_value():
             assert "Optional" in str(argument.type), f"{name} has an unknown {argument.name}"
             chosen[argument.name] = None
