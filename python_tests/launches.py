@@ -220,6 +220,8 @@ def arguments(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> dic
         "indices": lambda: torch.stack([entries, entries]),
         "values": lambda: tensor(k),
         "threshold": lambda: tensor(1, dtype=torch.float32),
+        "seed": lambda: tensor(1, dtype=torch.int64),
+        "step": lambda: 1,
         "k": lambda: k,
         "tol": lambda: 0.0,
         "lr": lambda: 1e-3,
@@ -230,13 +232,10 @@ def arguments(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> dic
     schema = getattr(torch.ops.sparsegrad_kernels, name).default._schema
     chosen = {}
     for argument in schema.arguments:
-        if argument.name == "step":
-            is_tensor = "Tensor" in str(argument.type)
-            chosen["step"] = tensor(dtype=torch.float32) if is_tensor else 1
+        if argument.name in ("step", "lr") and "Tensor" in str(argument.type):
+            chosen[argument.name] = tensor(dtype=torch.float32)
         elif argument.name in known:
             chosen[argument.name] = known[argument.name]()
-        elif str(argument.type) == "int":
-            chosen[argument.name] = 1
         elif not argument.has_default_value():
             assert "Optional" in str(argument.type), f"{name} has an unknown {argument.name}"
             chosen[argument.name] = None
