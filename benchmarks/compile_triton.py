@@ -286,7 +286,6 @@ def main() -> None:
             f", the slowest {slowest['seconds']:.1f} s: {slowest['op']} {slowest['configuration']}"
         )
     wrong = failures(records)
-    wrong += [f"{module} has no list AOT" for module in arguments.only if not entries(module)]
     for line in wrong:
         print(line, file=sys.stderr)
     if wrong:

@@ -58,7 +58,7 @@ SPLIT = 512  # the least of K that a split is left with
 RANK = 8  # of LoRA
 TRUNCATED = 0.55  # of each side's basis: 30% of the matrix, which `energy=0.95` kept on MiniLM
 # Kernels and fills that each operator's launcher starts (products: counted where they are made).
-LAUNCHES = {"compact_indices": 3, "topk_coo": 5, "sparse_adam_": 1, "fold_": 2}
+LAUNCHES = {"compact_indices": 3, "topk_coo": 7, "sparse_adam_": 1, "fold_": 2}
 
 
 @dataclass(frozen=True)
