@@ -27,16 +27,8 @@ def _random_words(seed, position):
 
 
 @triton.jit
-def rounded(total, old, seed, position, STOCHASTIC: tl.constexpr):
-    """`total` in the dtype of `old`, the element it replaces.
-
-    Args:
-        seed: pointer to an int64; unread, and may be None, unless STOCHASTIC.
-        position: of each element in the matrix, row-major, int64.
-    """
-    nearest = total.to(old.dtype)
-    if not STOCHASTIC:
-        return nearest
+def _rounded_stochastically(total, old, seed, position):
+    """`total` (float32) in the dtype of `old`, bfloat16 or float16."""
     dropped: tl.constexpr = 16 if old.dtype == tl.bfloat16 else 13
     largest: tl.constexpr = 3.3895313892515355e38 if old.dtype == tl.bfloat16 else 65504.0
     random = _random_words(seed, position)
@@ -52,6 +44,21 @@ def rounded(total, old, seed, position, STOCHASTIC: tl.constexpr):
         uniform = (random >> 8).to(tl.float32) * 5.960464477539063e-08
         size = (whole + tl.where(uniform < steps - whole, 1.0, 0.0)) * 5.960464477539063e-08
         result = tl.where(tl.abs(total) < 6.103515625e-05, tl.where(bits < 0, -size, size), result)
-    result = tl.where(tl.abs(total) <= largest, result.to(old.dtype), nearest)
+    result = tl.where(tl.abs(total) <= largest, result.to(old.dtype), total.to(old.dtype))
     before = old.to(tl.float32)
     return tl.where((total == before) | (before != before), old, result)
+
+
+@triton.jit
+def rounded(total, old, seed, position, STOCHASTIC: tl.constexpr):
+    """`total` in the dtype of `old`, the element it replaces.
+
+    Args:
+        seed: pointer to an int64; unread, and may be None, unless STOCHASTIC.
+        position: of each element in the matrix, row-major, int64.
+    """
+    if STOCHASTIC:
+        result = _rounded_stochastically(total, old, seed, position)
+    else:
+        result = total.to(old.dtype)
+    return result
