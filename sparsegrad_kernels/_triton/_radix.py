@@ -39,16 +39,16 @@ PASSES = {dtype: -(-bits // DIGIT.value) for dtype, bits in KEY_BITS.items()}
 @triton.jit
 def magnitude_key(c):
     """Integers in the order of `abs(c)`, every NaN one above infinity."""
-    if c.dtype == tl.float64:
+    dtype: tl.constexpr = c.dtype
+    if dtype == tl.float64:
         bits = c.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-        infinity: tl.constexpr = 0x7FF0000000000000
-    elif c.dtype == tl.float32:
+        return tl.minimum(bits, 0x7FF0000000000001)
+    elif dtype == tl.float32:
         bits = c.to(tl.int32, bitcast=True) & 0x7FFFFFFF
-        infinity: tl.constexpr = 0x7F800000
+        return tl.minimum(bits, 0x7F800001)
     else:
         bits = c.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF
-        infinity: tl.constexpr = 0x7F80 if c.dtype == tl.bfloat16 else 0x7C00
-    return tl.minimum(bits, infinity + 1)
+        return tl.minimum(bits, 0x7F81 if dtype == tl.bfloat16 else 0x7C01)
 
 
 @triton.jit
@@ -73,10 +73,10 @@ def is_last(counter, n_programs):
 
 @triton.jit
 def count_bins(histogram, bins, mask, n_bins: tl.constexpr):
-    """`histogram[bin] += 1` for each. The lowest bin, often that of all zeros, is added up first."""
+    """`histogram[bin] += 1` for each; what is in the lowest bin, often all zeros, in one piece."""
     dtype: tl.constexpr = histogram.dtype.element_ty
-    low = tl.min(tl.where(mask, bins, n_bins).to(tl.int32).reshape(bins.numel))
-    n_low = tl.sum((mask & (bins == low)).to(tl.int32).reshape(bins.numel))
+    low = tl.min(tl.where(mask, bins, n_bins).to(tl.int32))
+    n_low = tl.sum((mask & (bins == low)).to(tl.int32))
     tl.atomic_add(histogram + low, n_low.to(dtype), mask=low < n_bins, sem="relaxed")
     one = tl.full(bins.shape, 1, dtype)
     tl.atomic_add(histogram + bins, one, mask=mask & (bins != low), sem="relaxed")

@@ -24,7 +24,6 @@ from ._radix import (
     DIGIT,
     DONE,
     FINE,
-    KEY_BITS,
     PASSES,
     RANK,
     REPLICAS,
@@ -236,7 +235,7 @@ class Segments:
 
     @property
     def strides(self) -> tuple[int, int]:
-        return (self.width, 1) if self.flat else self.matrix.stride()
+        return (self.width, 1) if self.flat else (self.matrix.stride(0), self.matrix.stride(1))
 
     @property
     def per_row(self) -> int:
@@ -318,7 +317,7 @@ def compiled_ahead(
         for argument in kernel.arg_names
         if argument not in constexprs
     }
-    return kernel, signature, constexprs, dict(num_warps=num_warps, num_stages=1)
+    return kernel, signature, constexprs, {"num_warps": num_warps, "num_stages": 1}
 
 
 def selection_ahead(dtype: torch.dtype, int64: bool, width: int, carry: bool) -> list[Any]:

@@ -151,7 +151,7 @@ def collect(segments: Segments, candidates: Candidates, gated: bool) -> None:
     """Sample and collect; `gated`: only if the state's INEXACT says so."""
     matrix, state, numel = segments.matrix, candidates.state, segments.matrix.numel()
     n_clusters, step, rank = sample_plan(numel, segments.k)
-    shared = dict(KEY_BITS=KEY_BITS[matrix.dtype], INT64=segments.int64, GATED=gated)
+    shared = {"KEY_BITS": KEY_BITS[matrix.dtype], "INT64": segments.int64, "GATED": gated}
     sample_kernel[(triton.cdiv(n_clusters * CLUSTER, SAMPLE_BLOCK),)](
         matrix, state, segments.cols, numel, *segments.strides, n_clusters, step, rank,
         BLOCK=SAMPLE_BLOCK, CLUSTER=CLUSTER, SAMPLE_BITS=SAMPLE_BITS[matrix.dtype], **shared,
@@ -185,7 +185,7 @@ def topk_coo(c: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def collection_ahead(dtype: torch.dtype, int64: bool, width: int, gated: bool) -> list[Any]:
-    shared: dict[str, Any] = dict(KEY_BITS=KEY_BITS[dtype], GATED=gated)
+    shared: dict[str, Any] = {"KEY_BITS": KEY_BITS[dtype], "GATED": gated}
     return [
         compiled_ahead(
             sample_kernel, dtype, int64, BLOCK=SAMPLE_BLOCK, CLUSTER=CLUSTER,
