@@ -132,7 +132,7 @@ def measure(entry: Entry, target: Target, variant: str) -> dict[str, Any]:
     try:
         used = usage(compile_entry(entry, target, variant))
     except Exception as error:  # a kernel's failure, whatever it is, belongs in the table
-        lines = str(error).strip().splitlines() or [""]
+        lines = str(error).replace("^", "").strip().splitlines() or [""]
         return {"problems": [f"does not compile: {type(error).__name__}: {lines[-1]}"]}
     warps = entry.options.get("num_warps", 4)
     blocks, bound = blocks_per_multiprocessor(target, used, warps)
