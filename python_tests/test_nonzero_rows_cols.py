@@ -55,6 +55,29 @@ def test_tol_is_exclusive():
     assert [t.tolist() for t in nonzero_rows_cols(a, 0.25)] == [[0], [0]]
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tol", [0.1, 0.3, 1e-3, 1e-300])
+def test_tol_is_rounded_to_the_dtype(dtype, tol):
+    at = torch.tensor(tol, dtype=dtype)
+    above = torch.nextafter(at, torch.ones_like(at)) if dtype.itemsize > 2 else at * 1.02
+    a = torch.zeros(3, 3, dtype=dtype)
+    a[0, 1], a[2, 0] = -at, -above
+    if above == 0:
+        above = a[2, 0] = torch.tensor(1e-3, dtype=dtype)
+    assert [t.tolist() for t in nonzero_rows_cols(a, tol)] == [[2], [0]]
+
+
+def test_more_than_one_block_of_flags(generator):
+    a = torch.zeros(3, 9000)
+    a[1, torch.randint(0, 9000, (50,), generator=generator)] = 1.0
+    wanted = oracle_rows_cols(a)
+    for view in (a, a.T.contiguous().T):
+        assert tuple(t.tolist() for t in nonzero_rows_cols(view)) == wanted
+        rows, cols, counts = compact_indices(view)
+        assert (rows.tolist(), counts.tolist()) == ([1, -1, -1], [1, len(wanted[1])])
+        assert cols.tolist() == wanted[1] + [-1] * (9000 - len(wanted[1]))
+
+
 @settings(max_examples=100, deadline=None)
 @given(
     rows=st.integers(0, 40),

@@ -66,6 +66,35 @@ def test_equals_torch(generator):
     torch.testing.assert_close(ours, param.detach(), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("step_dtype", [torch.float32, torch.int32, torch.int64])
+@pytest.mark.parametrize("step", [1, 17, 10**6])
+def test_step_and_lr_on_the_device(dtype, step_dtype, step, generator):
+    lr, *rest = HYPER
+    tensors = [strided_views(t)["sliced"] for t in state((7, 5), dtype, generator)]
+    indices, values = topk_coo(torch.randn(7, 5, generator=generator).to(dtype), 20)
+    wanted = oracle(*tensors, indices, values, step, *HYPER)
+    limit = max(TOLERANCE[dtype], 1e-12)
+    steps = torch.tensor(step, dtype=step_dtype), torch.tensor([step], dtype=step_dtype)
+    rates = lr, torch.tensor(lr, dtype=torch.float64), torch.tensor([lr], dtype=torch.float64)
+    for now in (step, *steps):
+        for rate in rates:
+            copies = [t.clone() for t in tensors]
+            sparse_adam_(*copies, indices, values, now, rate, *rest)
+            for got, right in zip(copies, wanted, strict=True):
+                torch.testing.assert_close(got.double(), right, rtol=limit, atol=limit)
+    assert steps[0].item() == steps[1].item() == step
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.999, 0.999999])
+def test_bias_correction_keeps_its_digits(beta2, generator):
+    tensors = [torch.zeros(3, 4, dtype=torch.float64) for _ in range(3)]
+    indices, values = topk_coo(torch.randn(3, 4, generator=generator).double(), 5)
+    wanted = oracle(*tensors, indices, values, 1, 0.1, 0.0, beta2, 0.0)
+    sparse_adam_(*tensors, indices, values, torch.tensor(1), 0.1, 0.0, beta2, 0.0)
+    torch.testing.assert_close(tensors[0], wanted[0], rtol=1e-9, atol=0)
+
+
 def test_nothing_to_do():
     tensors = [torch.ones(0, 3) for _ in range(3)]
     sparse_adam_(*tensors, torch.empty(2, 0, dtype=torch.int64), torch.empty(0), 1, *HYPER)
@@ -92,6 +121,17 @@ def test_bad_input():
         sparse_adam_(*p, i, v, 1, 0.1, 0.9, 1.0, 1e-8)
     with pytest.raises(ValueError, match="lr must not be negative, got nan"):
         sparse_adam_(*p, i, v, 1, float("nan"), 0.9, 0.9, 1e-8)
+    rest = HYPER[1:]
+    with pytest.raises(ValueError, match=r"step must hold one number, got shape \(2,\)"):
+        sparse_adam_(*p, i, v, torch.ones(2), 0.1, *rest)
+    with pytest.raises(TypeError, match=r"step must have one of the dtypes .* got torch.bool"):
+        sparse_adam_(*p, i, v, torch.tensor(True), 0.1, *rest)
+    with pytest.raises(TypeError, match=r"lr must have one of the dtypes .* got torch.int64"):
+        sparse_adam_(*p, i, v, 1, torch.tensor(1), *rest)
+    with pytest.raises(ValueError, match="step must be on the device of param, cpu, got meta"):
+        sparse_adam_(*p, i, v, torch.ones((), device="meta"), 0.1, *rest)
+    with pytest.raises(ValueError, match="indices must lie in"):
+        sparse_adam_(*p, torch.tensor([[0], [3]]), v, torch.tensor(1), 0.1, *rest)
     assert all((t == 0).all() for t in p)
 
 
@@ -99,6 +139,9 @@ def test_opcheck(generator):
     tensors = state((5, 6), torch.float32, generator)
     indices, values = topk_coo(torch.randn(5, 6, generator=generator), 7)
     torch.library.opcheck(OP, (*tensors, indices, values, 3, *HYPER))
+    lr, *rest = HYPER
+    args = (*tensors, indices, values, torch.tensor(3.0), torch.tensor(lr), *rest)
+    torch.library.opcheck(torch.ops.sparsegrad_kernels._sparse_adam_tensor_step_.default, args)
 
 
 def test_compile(generator):

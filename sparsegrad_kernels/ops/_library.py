@@ -70,4 +70,10 @@ def call_in_bounds(
 
 
 def _is_compiled(name: str) -> bool:
+    # Not at the top: the kernels are loaded there, and need this module.
+    from .._backends import backends
+
+    # Triton's interpreter serves the CPU too, and does not look at the indices.
+    if not backends()["cpp"].loaded:
+        return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")

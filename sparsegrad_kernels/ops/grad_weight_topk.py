@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_k, check_like, check_matrix, check_tol
+from ._checks import check_k, check_like, check_matrix, check_shape, check_tensor, check_tol
 from ._library import define
 from .sparse_dense_mm import sparse_dense_mm
 from .topk_coo import topk_coo
@@ -26,8 +26,43 @@ _op = define(
     _fake,
 )
 
+# The next threshold as a share of the smallest magnitude kept: the gradient may shrink that much
+# from one step to the next before too few entries reach it.
+SLACK = 0.8
 
-def grad_weight_topk(g: Tensor, x: Tensor, k: int, tol: float = 0.0) -> tuple[Tensor, Tensor]:
+
+def carry_(threshold: Tensor, values: Tensor) -> None:
+    """`threshold [1]` becomes SLACK times the smallest magnitude of `values`, leaving out NaN."""
+    if values.shape[0]:
+        magnitude = values.abs().float()
+        threshold.copy_(SLACK * magnitude.masked_fill(magnitude.isnan(), torch.inf).amin())
+
+
+def _near_reference(
+    g: Tensor, x: Tensor, k: int, tol: float, threshold: Tensor
+) -> tuple[Tensor, Tensor]:
+    indices, values = grad_weight_topk(g, x, k, tol)
+    carry_(threshold, values)
+    return indices, values
+
+
+def _near_fake(
+    g: Tensor, x: Tensor, k: int, tol: float, threshold: Tensor
+) -> tuple[Tensor, Tensor]:
+    return _fake(g, x, k, tol)
+
+
+_near_op = define(
+    "_grad_weight_topk_near(Tensor g, Tensor x, int k, float tol, Tensor(a!) threshold)"
+    " -> (Tensor, Tensor)",
+    _near_reference,
+    _near_fake,
+)
+
+
+def grad_weight_topk(
+    g: Tensor, x: Tensor, k: int, tol: float = 0.0, threshold: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """`topk_coo(g.T @ x, k)` without the tokens and outputs whose `g` is zero (eq. 1 and 2).
 
     Args:
@@ -35,13 +70,19 @@ def grad_weight_topk(g: Tensor, x: Tensor, k: int, tol: float = 0.0) -> tuple[Te
         x: input `[T, in]`, dtype and device of `g`.
         k: how many entries of the `[out, in]` product to keep.
         tol: magnitude at or below which an entry of `g` counts as zero.
+        threshold: `[1]` float32 on the device of `g`, updated in place: keep one per weight from
+            step to step, NaN at first. A little below the k-th magnitude (`SLACK` of the last
+            step's), it lets a kernel drop most of the product unwritten. It never decides what the
+            result is, only how fast: where it was wrong, or is NaN, infinite or not positive, the
+            whole product is made.
 
     Returns:
         `indices [2, min(k, out * in)]` int64 in row-major order and their `values`, in the dtype of
         `g`, accumulated in float32 or wider.
 
     Raises:
-        TypeError, ValueError: wrong rank, shape, dtype or device, `k < 1`, or a bad `tol`.
+        TypeError, ValueError: wrong rank, shape, dtype or device, `k < 1`, or a bad `tol`
+            or `threshold`.
     """
     check_matrix("g", g)
     check_matrix("x", x)
@@ -50,4 +91,14 @@ def grad_weight_topk(g: Tensor, x: Tensor, k: int, tol: float = 0.0) -> tuple[Te
     check_tol(tol)
     if g.shape[0] != x.shape[0]:
         raise ValueError(f"x must have the {g.shape[0]} tokens of g, got {tuple(x.shape)}")
-    return _op(g, x, k, tol)
+    if threshold is None:
+        return _op(g, x, k, tol)
+    check_tensor("threshold", threshold)
+    if threshold.dtype != torch.float32:
+        raise TypeError(f"threshold must be float32, got {threshold.dtype}")
+    check_shape("threshold", threshold, (1,), "one number")
+    if threshold.device != g.device:
+        raise ValueError(
+            f"threshold must be on the device of g, {g.device}, got {threshold.device}"
+        )
+    return _near_op(g, x, k, tol, threshold)
