@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import DTYPES, SHAPES, oracle_rows_cols, sparse_matrix, strided_views
+from sparsegrad_kernels import backends
 from sparsegrad_kernels.ops import compact_indices, nonzero_rows_cols
 
 OPS = torch.ops.sparsegrad_kernels
@@ -78,7 +79,8 @@ def test_more_than_one_block_of_flags(generator):
         assert cols.tolist() == wanted[1] + [-1] * (9000 - len(wanted[1]))
 
 
-@settings(max_examples=100, deadline=None)
+# Few where Triton's interpreter computes.
+@settings(max_examples=15 if backends()["triton"].loaded else 100, deadline=None)
 @given(
     rows=st.integers(0, 40),
     cols=st.integers(0, 40),

@@ -98,7 +98,7 @@ def _compact_one(flags_ptr, out_ptr, count_ptr, n, WIDE: tl.constexpr, BLOCK: tl
     lanes = tl.arange(0, BLOCK).to(index)
     count = tl.zeros((), index)
     first = tl.zeros((), index)
-    for _ in range(0, tl.cdiv(n, BLOCK)):
+    for _ in range(tl.cdiv(n, BLOCK)):
         i = first + lanes
         flags = tl.load(flags_ptr + i, mask=i < n, other=0).to(tl.int32)  # [BLOCK]
         slots = count + tl.cumsum(flags, 0) - flags
@@ -109,7 +109,7 @@ def _compact_one(flags_ptr, out_ptr, count_ptr, n, WIDE: tl.constexpr, BLOCK: tl
 
     # The slots left over.
     first = count
-    for _ in range(0, tl.cdiv(n - count, BLOCK)):
+    for _ in range(tl.cdiv(n - count, BLOCK)):
         i = first + lanes
         tl.store(out_ptr + i, tl.full((BLOCK,), -1, out_type), mask=i < n)
         first += BLOCK

@@ -63,7 +63,7 @@ def _adam(
     v_ptr = exp_avg_sq_ptr + row * exp_avg_sq_stride0 + col * exp_avg_sq_stride1
     p = tl.load(p_ptr, mask=inside, other=0.0).to(wide)
     m = tl.load(m_ptr, mask=inside, other=0.0).to(wide)
-    v = tl.load(v_ptr, mask=inside, other=0.0).to(wide)
+    v = tl.load(v_ptr, mask=inside, other=1.0).to(wide)
 
     # Compute: scalars in float64.
     if STEP_ON_DEVICE:
@@ -176,26 +176,26 @@ def sparse_adam_tensor_step_(
 
 
 def _aot(dtype: str, step_on_device: bool, wide: bool):
-    names = _adam.arg_names
-    signature = {name: "i32" for name in names} | dict.fromkeys(_SCALARS, "i64")
+    signature = dict.fromkeys(_adam.arg_names, "i32") | dict.fromkeys(_SCALARS, "i64")
     for name in ("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "values_ptr"):
         signature[name] = f"*{dtype}"
-    signature["indices_ptr"] = "*i64"
-    constexprs = {"STEP_ON_DEVICE": step_on_device, "WIDE": wide, "BLOCK": BLOCK}
-    constexprs |= dict.fromkeys(("param_stride1", "indices_stride1", "values_stride"), 1)
-    if step_on_device:
-        signature |= {"step_ptr": "*fp32", "lr_ptr": "*fp64"}
-    else:
-        constexprs |= {"step_ptr": None, "lr_ptr": None}
+    signature |= {"indices_ptr": "*i64", "step_ptr": "*fp32", "lr_ptr": "*fp64"}
+    constexprs: dict[str, int | None] = {
+        "STEP_ON_DEVICE": step_on_device,
+        "WIDE": wide,
+        "BLOCK": BLOCK,
+        **dict.fromkeys(("param_stride1", "indices_stride1", "values_stride"), 1),
+        **({} if step_on_device else {"step_ptr": None, "lr_ptr": None}),
+    }
     signature |= dict.fromkeys(constexprs, "constexpr")
     return (_adam, signature, constexprs, {"num_warps": WARPS, "num_stages": 3})
 
 
 AOT = [
     *(
-        _aot(dtype, device, False)
+        _aot(dtype, on_device, wide=False)
         for dtype in ("fp32", "fp64", "bf16", "fp16")
-        for device in (0, 1)
+        for on_device in (False, True)
     ),
-    _aot("bf16", True, True),
+    _aot("bf16", True, wide=True),
 ]
