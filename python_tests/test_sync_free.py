@@ -61,7 +61,10 @@ def make_basis(kind: str, in_: int, out: int, generator) -> Basis | None:
 
 
 def steps(layer: SparseGradLinear, inputs, gradients, **options) -> None:
-    optimizer = SparseAdam(layer.parameters(), **{"lr": 0.05, **options})
+    train(layer, SparseAdam(layer.parameters(), **{"lr": 0.05, **options}), inputs, gradients)
+
+
+def train(layer: SparseGradLinear, optimizer: SparseAdam, inputs, gradients) -> None:
     for x, g in zip(inputs, gradients, strict=True):
         optimizer.zero_grad()
         layer(x).backward(g)
@@ -158,8 +161,10 @@ def test_nothing_is_read(space, kind, sync_free, generator):
     layer = SparseGradLinear.from_linear(
         nn.Linear(7, 11).double(), make_basis(kind, 7, 11, generator), k=9, weight_space=space
     )
+    optimizer = SparseAdam(layer.parameters(), lr=torch.tensor(0.05), capturable=True)
+    batches = data(generator)
     with NoReads():
-        steps(layer, *data(generator), lr=torch.tensor(0.05), capturable=True)
+        train(layer, optimizer, *batches)
 
 
 def test_a_read_is_noticed():

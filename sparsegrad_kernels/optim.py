@@ -12,6 +12,8 @@ from torch.optim.adamw import adamw
 from . import ops
 from .ops._library import is_sync_free
 
+_FUSED_DEVICES = ("cpu", "cuda")
+
 
 def unique_entries(grad: Tensor, expected: int | None = None) -> tuple[Tensor, Tensor]:
     """Indices and values of a COO matrix with entries given twice summed.
@@ -127,7 +129,12 @@ class SparseAdam(Optimizer):
         )
 
     def _dense_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """AdamW's, in one pass over each parameter where torch has that for its device."""
         states = [self.state[param] for param in params]
+        fused = all(param.device.type in _FUSED_DEVICES for param in params)
+        if fused:  # wants the counters where the parameters are
+            for param, state in zip(params, states, strict=True):
+                state["step"] = state["step"].to(param.device)
         beta1, beta2 = group["betas"]
         adamw(
             params,
@@ -136,6 +143,8 @@ class SparseAdam(Optimizer):
             [state["exp_avg_sq"] for state in states],
             [],
             [state["step"] for state in states],
+            foreach=None if not fused else False,
+            fused=fused,
             capturable=group["capturable"],
             amsgrad=False,
             beta1=beta1,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
@@ -20,9 +20,14 @@ def implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a launcher for the operator `name`, unless a compiled kernel serves it already."""
 
     def register(launcher: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(launcher)
+        def on_its_device(tensor: Tensor, *args: Any) -> Any:
+            with torch.cuda.device_of(tensor):  # Triton launches on the current device
+                return launcher(tensor, *args)
+
         qualified = f"{NAMESPACE}::{name}"
         if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, DISPATCH_KEY):
-            torch.library.impl(qualified, DISPATCH_KEY, launcher)
+            torch.library.impl(qualified, DISPATCH_KEY, launcher if INTERPRETING else on_its_device)
         return launcher
 
     return register
@@ -37,7 +42,7 @@ def needs_int64(*tensors: Tensor) -> bool:
     )
 
 
-@cache
+@functools.cache
 def _multiprocessors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
