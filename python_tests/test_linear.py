@@ -558,4 +558,36 @@ def test_opcheck(generator):
     torch.library.opcheck(OPS._linear.default, args)
     torch.library.opcheck(OPS._linear.default, (x.requires_grad_(), *args[1:]))
     delta = torch.randn(11, 7, generator=generator, dtype=torch.float64)
-    torch.library.opcheck(OPS._fold_delta_.default, (weight, delta, basis.u, basis.v, 9))
+    torch.library.opcheck(OPS._fold_delta_.default, (weight, delta, basis.u, basis.v, 9, None))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stochastic_rounding_keeps_small_updates(dtype, generator):
+    linear = nn.Linear(32, 48).to(dtype)
+    with torch.no_grad():
+        linear.weight.fill_(1.0)
+    nearest, stochastic = (
+        SparseGradLinear.from_linear(linear, k=32 * 48, stochastic_rounding=stochastic)
+        for stochastic in (False, True)
+    )
+    step = torch.finfo(dtype).eps / 8
+    for layer in (nearest, stochastic):
+        for _ in range(16):
+            with torch.no_grad():
+                layer.delta.fill_(step)
+            layer.fold()
+    assert (nearest.weight == 1).all()
+    mean = stochastic.weight.double().mean() - 1
+    assert mean == pytest.approx(16 * step, rel=0.25)  # 16 x 1,536 coins: 4 standard deviations
+    again = pickle.loads(pickle.dumps(stochastic))
+    assert torch.equal(again.seed, stochastic.seed)
+    assert not stochastic.float().stochastic_rounding
+
+
+def test_stochastic_rounding_needs_half_precision():
+    with pytest.raises(ValueError, match="stochastic_rounding is for bfloat16 or float16"):
+        SparseGradLinear(4, 3, stochastic_rounding=True)
+    with pytest.raises(ValueError, match="in the transformed space"):
+        SparseGradLinear(
+            4, 3, weight_space="transformed", stochastic_rounding=True, dtype=torch.bfloat16
+        )

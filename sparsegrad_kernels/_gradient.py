@@ -150,27 +150,45 @@ def sync_free_rotated_grad_topk(
     return ops.grad_weight_topk(left, right, k, threshold=threshold)
 
 
-def fold_delta(weight: Tensor, delta: Tensor, u: Tensor | None, v: Tensor | None, k: int) -> None:
-    """`weight += V^T delta U`, then `delta` is zero, in place; about k entries are not zero."""
+def fold_delta(
+    weight: Tensor,
+    delta: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    k: int,
+    seed: Tensor | None = None,
+) -> None:
+    """`weight += V^T delta U`, then `delta` is zero, in place; about k entries are not zero.
+
+    With a `seed` the weight is rounded stochastically, and the seed is another afterwards.
+    """
     if is_sync_free(delta):
-        _sync_free_fold(weight, delta, u, v, k)
-        return
-    indices = delta.nonzero().T
-    if indices.shape[1]:
+        _sync_free_fold(weight, delta, u, v, k, seed)
+    else:
+        indices = delta.nonzero().T
+        if not indices.shape[1]:
+            return
         entries = (indices[0], indices[1])
-        ops.fold_(weight, u, v, indices, delta[entries].to(weight.dtype))
+        ops.fold_(weight, u, v, indices, delta[entries].to(weight.dtype), seed)
         delta[entries] = 0
+    if seed is not None:
+        seed += 1
 
 
 def _sync_free_fold(
-    weight: Tensor, delta: Tensor, u: Tensor | None, v: Tensor | None, k: int
+    weight: Tensor,
+    delta: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    k: int,
+    seed: Tensor | None,
 ) -> None:
     # Room for k entries, which is all that one backward pass and a sparse optimizer write.
     indices = torch.nonzero_static(delta, size=k, fill_value=0).T
     entries = (indices[0], indices[1])
     is_real = torch.arange(k, device=delta.device) < torch.count_nonzero(delta)
     values = torch.where(is_real, delta[entries], 0)
-    ops.fold_(weight, u, v, indices, values.to(weight.dtype))
+    ops.fold_(weight, u, v, indices, values.to(weight.dtype), seed)
     # Others may have written more. Of what is left, mostly nothing, the products skip what is zero.
     delta.index_put_(entries, delta.new_zeros(()))
     rest = delta.to(weight.dtype)

@@ -43,7 +43,7 @@ class SparseGradConfig:
         ranks: truncate to `(r_out, r_in)` vectors instead.
         shared_basis: one basis for all layers of the same role and shape, as in the paper, or one
             for each layer.
-        weight_space: "original" or "transformed", see `SparseGradLinear`.
+        weight_space, stochastic_rounding: see `SparseGradLinear`.
 
     Raises:
         TypeError, ValueError: a setting is outside its range.
@@ -56,6 +56,7 @@ class SparseGradConfig:
     ranks: tuple[int, int] | None = None
     shared_basis: bool = True
     weight_space: str = "original"
+    stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:

@@ -60,9 +60,10 @@ def _backward_fake(g, x, weight, u, v, k, size, dtype, bias_dtype) -> tuple[Tens
 
 
 _fold_delta_op = define(
-    "_fold_delta_(Tensor(a!) weight, Tensor(b!) delta, Tensor? u, Tensor? v, int k) -> ()",
+    "_fold_delta_(Tensor(a!) weight, Tensor(b!) delta, Tensor? u, Tensor? v, int k, "
+    "Tensor(c!)? seed) -> ()",
     fold_delta,
-    lambda weight, delta, u, v, k: None,
+    lambda weight, delta, u, v, k, seed: None,
 )
 _linear_op = define(
     "_linear(Tensor x, Tensor weight, Tensor? bias, Tensor grad_target, Tensor? u, Tensor? v, "
@@ -162,6 +163,8 @@ class SparseGradLinear(nn.Module):
         k: how many entries of the gradient to keep, at most `r_out * r_in`.
         density: `k` as a share of `in_features * out_features`, where `k` is None.
         weight_space: "original" or "transformed".
+        stochastic_rounding: of a bfloat16 or float16 weight when updates are folded in (original
+            space): those too small to change it by rounding to nearest then do so on average.
         device, dtype: of the parameters.
 
     Shape:
@@ -176,6 +179,7 @@ class SparseGradLinear(nn.Module):
     basis: Basis | None
     residual: Tensor | None
     threshold: Tensor
+    seed: Tensor | None
 
     def __init__(
         self,
@@ -186,12 +190,14 @@ class SparseGradLinear(nn.Module):
         k: int | None = None,
         density: float = 0.01,
         weight_space: WeightSpace = "original",
+        stochastic_rounding: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._set_up(linear.weight.data, linear.bias, basis, k, density, weight_space)
+        settings = (basis, k, density, weight_space, stochastic_rounding)
+        self._set_up(linear.weight.data, linear.bias, *settings)
 
     @classmethod
     def from_linear(
@@ -201,6 +207,7 @@ class SparseGradLinear(nn.Module):
         k: int | None = None,
         density: float = 0.01,
         weight_space: WeightSpace = "original",
+        stochastic_rounding: bool = False,
     ) -> SparseGradLinear:
         """A layer with a copy of the linear's parameters, on its device, in its dtype and mode."""
         if not isinstance(linear, nn.Linear):
@@ -211,7 +218,7 @@ class SparseGradLinear(nn.Module):
         bias = None
         if linear.bias is not None:
             bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
-        layer._set_up(weight, bias, basis, k, density, weight_space)
+        layer._set_up(weight, bias, basis, k, density, weight_space, stochastic_rounding)
         return layer.train(linear.training)
 
     def _set_up(
@@ -222,10 +229,18 @@ class SparseGradLinear(nn.Module):
         k: int | None,
         density: float,
         weight_space: str,
+        stochastic_rounding: bool,
     ) -> None:
         if weight_space not in ("original", "transformed"):
             raise ValueError(
                 f'weight_space must be "original" or "transformed", got {weight_space!r}'
+            )
+        if stochastic_rounding and (
+            weight_space != "original" or weight.dtype not in (torch.bfloat16, torch.float16)
+        ):
+            raise ValueError(
+                "stochastic_rounding is for bfloat16 or float16 weights in the original space, "
+                f"got {weight.dtype} in the {weight_space} space"
             )
         self.out_features, self.in_features = weight.shape
         self.weight_space = weight_space
@@ -251,6 +266,8 @@ class SparseGradLinear(nn.Module):
         # What the last step's selection came to, where it is fused with a product (on a GPU).
         unknown = torch.full((1,), torch.nan, dtype=torch.float32, device=weight.device)
         self.register_buffer("threshold", unknown, persistent=False)
+        seed = torch.randint(2**62, (1,)).to(weight.device) if stochastic_rounding else None
+        self.register_buffer("seed", seed, persistent=False)
 
     def _mark_sparse_parameter(self) -> None:
         """Tell the optimizer how many entries one backward pass makes."""
@@ -314,10 +331,10 @@ class SparseGradLinear(nn.Module):
             return
         if torch.compiler.is_compiling():
             with torch.no_grad():
-                _fold_delta_op(self._parameters["weight"], delta, self.u, self.v, self.k)
+                _fold_delta_op(self._parameters["weight"], delta, self.u, self.v, self.k, self.seed)
         elif delta._version != self._folded_version:
             with torch.no_grad():
-                _fold_delta_op(self._parameters["weight"], delta, self.u, self.v, self.k)
+                _fold_delta_op(self._parameters["weight"], delta, self.u, self.v, self.k, self.seed)
             self._folded_version = delta._version
 
     @torch.no_grad()
@@ -374,6 +391,10 @@ class SparseGradLinear(nn.Module):
             self.fold()
         return super().train(mode)
 
+    @property
+    def stochastic_rounding(self) -> bool:
+        return self.seed is not None
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
@@ -383,7 +404,11 @@ class SparseGradLinear(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         self.fold()
         self._folded_version = None
-        return super()._apply(fn, recurse)
+        super()._apply(fn, recurse)
+        if self.seed is not None and self.weight.dtype not in (torch.bfloat16, torch.float16):
+            self.seed = None  # cast to a dtype that is not rounded
+        self.threshold = self.threshold.float()
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         self.fold()

@@ -90,6 +90,7 @@ def convert(
             basis=bases[target.group],
             density=config.density,
             weight_space=cast(WeightSpace, config.weight_space),
+            stochastic_rounding=config.stochastic_rounding,
         )
         for name, target in targets.items()
     }
@@ -180,7 +181,12 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             basis = bases.setdefault(id(layer.basis), str(len(bases)))
             for key, tensor in layer.basis.tensors().items():
                 tensors[f"basis.{basis}.{key}"] = tensor
-        settings[name] = {"k": layer.k, "weight_space": layer.weight_space, "basis": basis}
+        settings[name] = {
+            "k": layer.k,
+            "weight_space": layer.weight_space,
+            "stochastic_rounding": layer.stochastic_rounding,
+            "basis": basis,
+        }
         for key, tensor in layer.state_dict().items():
             if key not in ("u", "v"):
                 tensors[f"model.{name}.{key}"] = tensor
@@ -246,9 +252,9 @@ def _saved_layers(
                 factors = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
                 bases[key] = _restored_basis(factors, cast(Tensor, module.weight))
             basis = bases[key]
-        layers[name] = _convert_module(
-            module, basis=basis, k=setting["k"], weight_space=setting["weight_space"]
-        )
+        names = ("k", "weight_space", "stochastic_rounding")
+        given = {name: setting[name] for name in names if name in setting}
+        layers[name] = _convert_module(module, basis=basis, **given)
     return layers
 
 
