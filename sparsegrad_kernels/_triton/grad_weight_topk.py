@@ -144,6 +144,11 @@ def _config(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> t
     return large if tiles >= 2 * num_programs(device) else small
 
 
+def _dense_buffer(g: Tensor, x: Tensor) -> Tensor:
+    """For the whole product: written only where the threshold does not serve."""
+    return g.new_empty(g.shape[1], x.shape[1])
+
+
 @implement("_grad_weight_topk_near")
 def grad_weight_topk_near(
     g: Tensor, x: Tensor, k: int, tol: float, threshold: Tensor
@@ -156,7 +161,7 @@ def grad_weight_topk_near(
         return indices, values
     a, dtype = g.T, g.dtype
     rows, inner, kept = ops.compact_indices(a, tol)
-    dense = g.new_empty(n_rows, n_cols)  # written only where the threshold does not serve
+    dense = _dense_buffer(g, x)
     segments = Segments(dense, k, WIDTHS[dtype.itemsize], flat=False)
     candidates = Candidates(segments, room(dense.numel(), k))
     config = _config(n_rows, n_cols, dtype, g.device)
