@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ..ops._library import NAMESPACE
 from ..ops.grad_weight_topk import carry_
-from ._common import implement, needs_int64, num_programs
-from ._product import CONFIGS, EITHER, LISTED, addressing, listed, precision, product_tile, tile_of
+from ._common import implement, needs_int64
+from ._product import EITHER, LISTED, addressing, listed, precision, product_tile, tile_of
 from ._radix import (
     DONE,
     INEXACT,
@@ -32,8 +32,16 @@ from ._select import NEARED, Candidates, Segments, compiled_ahead, select, selec
 from .sparse_dense_mm import _row_left_out
 from .topk_coo import collect, collection_ahead, room
 
-# Segment widths, by the size of an element: they divide every tile's.
-WIDTHS = {2: 64, 4: 64, 8: 32}
+
+def _tile(m: int, n: int, k: int, warps: int) -> triton.Config:
+    sizes = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "GROUP": 8}
+    return triton.Config(sizes, num_warps=warps, num_stages=3)
+
+
+# By the size of an element: small tiles and many warps, since larger ones spill while they collect.
+# One for both products, which so round alike. Not tuned: repeated launches would append.
+TILES = {2: _tile(64, 64, 64, 8), 4: _tile(64, 64, 32, 8), 8: _tile(32, 32, 16, 4)}
+WIDTHS = {2: 64, 4: 64, 8: 32}  # of segments: each divides its tile's
 
 
 @triton.jit
@@ -137,11 +145,9 @@ def whole_kernel(
         tl.store(dense + at, c, mask=exists[:, None] & (col < n_cols)[None, :])
 
 
-def _config(rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> triton.Config:
-    """The first tile, or the second, for large products, where its tiles fill the device."""
-    small, large = CONFIGS[dtype.itemsize][:2]
-    tiles = triton.cdiv(rows, large.kwargs["BLOCK_M"]) * triton.cdiv(cols, large.kwargs["BLOCK_N"])
-    return large if tiles >= 2 * num_programs(device) else small
+def _dense_buffer(g: Tensor, x: Tensor) -> Tensor:
+    """For the whole product: written only where the threshold does not serve."""
+    return g.new_empty(g.shape[1], x.shape[1])
 
 
 @implement("_grad_weight_topk_near")
@@ -156,21 +162,21 @@ def grad_weight_topk_near(
         return indices, values
     a, dtype = g.T, g.dtype
     rows, inner, kept = ops.compact_indices(a, tol)
-    dense = g.new_empty(n_rows, n_cols)  # written only where the threshold does not serve
+    dense = _dense_buffer(g, x)
     segments = Segments(dense, k, WIDTHS[dtype.itemsize], flat=False)
     candidates = Candidates(segments, room(dense.numel(), k))
-    config = _config(n_rows, n_cols, dtype, g.device)
+    tile = TILES[dtype.itemsize]
     # Rows kept and rows left out may each end in a tile that is not full.
-    row_tiles = triton.cdiv(n_rows, config.kwargs["BLOCK_M"]) + 1
-    grid = (row_tiles * triton.cdiv(n_cols, config.kwargs["BLOCK_N"]),)
+    row_tiles = triton.cdiv(n_rows, tile.kwargs["BLOCK_M"]) + 1
+    grid = (row_tiles * triton.cdiv(n_cols, tile.kwargs["BLOCK_N"]),)
     product = (a, *a.stride(), x, *x.stride(), rows, inner, kept)
     options: dict[str, Any] = {
         "PRECISION": precision(),
         "INT64": segments.int64 or needs_int64(a, x),
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
         **addressing(a),
-        **config.kwargs,
+        **tile.kwargs,
     }
     near_kernel[grid](
         *product, threshold, candidates.state, *candidates.buffers, candidates.capacity, k,
@@ -182,10 +188,8 @@ def grad_weight_topk_near(
     return select(segments, candidates, carried=threshold)
 
 
-def _products_ahead(
-    dtype: torch.dtype, config: triton.Config, inner_contiguous: bool, int64: bool
-) -> list[Any]:
-    kept = LISTED.value, EITHER.value
+def _products_ahead(dtype: torch.dtype, inner_contiguous: bool, int64: bool) -> list[Any]:
+    tile, kept = TILES[dtype.itemsize], (LISTED.value, EITHER.value)
     rows, inner = kept if inner_contiguous else reversed(kept)
     constexprs: dict[str, Any] = {
         "a_inner_stride" if inner_contiguous else "a_row_stride": 1,
@@ -193,25 +197,21 @@ def _products_ahead(
         "ROWS": rows,
         "INNER": inner,
         "PRECISION": "tf32" if inner_contiguous else "ieee",
-        **config.kwargs,
+        **tile.kwargs,
     }
     near = {"KEY_BITS": KEY_BITS[dtype], "WIDTH": WIDTHS[dtype.itemsize]}
     items = (
-        compiled_ahead(near_kernel, dtype, int64, config.num_warps, **constexprs, **near),
-        compiled_ahead(whole_kernel, dtype, int64, config.num_warps, **constexprs),
+        compiled_ahead(near_kernel, dtype, int64, tile.num_warps, **constexprs, **near),
+        compiled_ahead(whole_kernel, dtype, int64, tile.num_warps, **constexprs),
     )
-    return [(*item[:3], item[3] | {"num_stages": config.num_stages}) for item in items]
+    return [(*item[:3], item[3] | {"num_stages": tile.num_stages}) for item in items]
 
 
 AOT = [
     item
     for dtype, int64 in [*((dtype, False) for dtype in KEY_BITS), (torch.float32, True)]
     for items in [
-        *(
-            _products_ahead(dtype, config, inner_contiguous, int64)
-            for config in CONFIGS[dtype.itemsize][:2]
-            for inner_contiguous in (True, False)
-        ),
+        *(_products_ahead(dtype, inner_contiguous, int64) for inner_contiguous in (True, False)),
         collection_ahead(dtype, int64, WIDTHS[dtype.itemsize], True),
         selection_ahead(dtype, int64, WIDTHS[dtype.itemsize], True),
     ]
