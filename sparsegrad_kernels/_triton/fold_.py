@@ -184,6 +184,7 @@ def fold_stochastic_(
     check_bounds(indices, (r_out, r_in))
     if n == 0 or weight.numel() == 0:
         return
+    weight = weight.detach()  # tuning writes it back
     if u is None or v is None:
         keys, order = (indices[0] * n_in + indices[1]).sort(stable=True)
         _add_entries_kernel[(triton.cdiv(n, _ENTRIES_BLOCK),)](
