@@ -405,8 +405,9 @@ class SparseGradLinear(nn.Module):
         self.fold()
         self._folded_version = None
         super()._apply(fn, recurse)
-        if self.seed is not None and self.weight.dtype not in (torch.bfloat16, torch.float16):
-            self.seed = None  # cast to a dtype that is not rounded
+        dtype = cast(Tensor, self._parameters["weight"]).dtype
+        if dtype not in (torch.bfloat16, torch.float16):
+            self.seed = None  # there is nothing to round
         self.threshold = self.threshold.float()
         return self
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,16 +19,26 @@ DISPATCH_KEY = "CPU" if INTERPRETING else "CUDA"
 
 def implement(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a launcher for the operator `name`, unless a compiled kernel serves it already."""
+    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    written = [
+        position
+        for position, argument in enumerate(operator._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
 
     def register(launcher: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(launcher)
-        def on_its_device(tensor: Tensor, *args: Any) -> Any:
-            with torch.cuda.device_of(tensor):  # Triton launches on the current device
-                return launcher(tensor, *args)
+        def launch(*args: Any) -> Any:
+            with nullcontext() if INTERPRETING else torch.cuda.device_of(args[0]):
+                result = launcher(*args)
+            # Kernels write behind autograd's back; it, and the layer, look at the version.
+            tensors = [args[position] for position in written if args[position] is not None]
+            torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
+            return result
 
         qualified = f"{NAMESPACE}::{name}"
         if not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, DISPATCH_KEY):
-            torch.library.impl(qualified, DISPATCH_KEY, launcher if INTERPRETING else on_its_device)
+            torch.library.impl(qualified, DISPATCH_KEY, launch)
         return launcher
 
     return register
