@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cases import DTYPES, SHAPES, oracle_topk, strided_views
+from sparsegrad_kernels import backends
 from sparsegrad_kernels.ops import topk_coo
 
 OP = torch.ops.sparsegrad_kernels.topk_coo.default
@@ -68,6 +69,34 @@ def test_property(rows, cols, k, dtype, scale, levels, seed):
     generator = torch.Generator().manual_seed(seed)
     c = torch.randint(-levels, levels + 1, (rows, cols), generator=generator).double() * scale
     check(c.to(dtype), k)
+
+
+def kinds(dtype: torch.dtype, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Matrices `[21, 150]` that mislead a sample, or leave it nothing to tell apart."""
+    c = torch.randn(21, 150, generator=generator, dtype=torch.float64)
+    few = c * (torch.rand(21, 150, generator=generator) < 0.01)
+    corner = torch.zeros_like(c)
+    corner[:4, :40] = c[:4, :40].exp()
+    cases = {"normal": c, "far apart": (40 * c).exp(), "equal": torch.full_like(c, 1.37)}
+    cases |= {"few": few, "corner": corner, "NaN": c * torch.nan}
+    return {name: case.to(dtype) for name, case in cases.items()}
+
+
+@pytest.mark.skipif(not backends()["triton"].loaded, reason="of the Triton kernels")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sampled", ["fitting", "too high", "no room"])
+def test_sample_never_decides(dtype, sampled, generator, monkeypatch):
+    from sparsegrad_kernels._triton import topk_coo as kernels
+
+    monkeypatch.setattr(kernels, "SAMPLE_SIZE", 512)
+    if sampled == "too high":
+        plan = kernels.sample_plan
+        monkeypatch.setattr(kernels, "sample_plan", lambda numel, k: (*plan(numel, k)[:2], 1))
+    if sampled == "no room":
+        monkeypatch.setattr(kernels, "room", lambda numel, k: 60)
+    for i, c in enumerate(kinds(dtype, generator).values()):
+        views = list(strided_views(c).values())
+        check(c, 300, views[i % len(views)])
 
 
 def test_coalesced_as_it_stands(generator):
