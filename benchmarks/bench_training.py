@@ -9,8 +9,8 @@ anew for every turn, so that memory holds one, and figures are medians over all 
 memory is from a turn of its own: of CUDA's allocator, or on the CPU by the profiler, of tensors.
 Running out of memory makes a row of the table. Every row is written as soon as it is there.
 
-`--quick` takes two layers, two tasks and few steps: it shows that all runs, and is no measurement of
-a whole model. Lengths and batch sizes: `glue.py`; what is trained: `training_methods.py`.
+`--quick` takes MiniLM with two layers, two tasks and few steps: it shows that all runs, and is no
+measurement of a whole model. Lengths and batch sizes: `glue.py`; what is trained: `training_methods.py`.
 """
 
 from __future__ import annotations
@@ -233,9 +233,8 @@ def show(rows: list[Row]) -> None:
             continue
         peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
         parts = "".join(f"{1e3 * row.seconds[part]:>8.1f}ms" for part in _PARTS)
-        print(
-            f"{row.method:36}{row.steps_per_second:>9.2f}{peak:>10}{parts}  {row.about}", flush=True
-        )
+        figures = f"{row.steps_per_second:>9.2f}{peak:>10}{parts}"
+        print(f"{row.method:36}{figures}  {row.about}", flush=True)
 
 
 def limit_memory() -> None:

@@ -1,4 +1,4 @@
-"""The models that training is timed on: transformers' architectures with random weights, and MiniLM.
+"""The models that training is timed on: transformers' architectures, random weights; and MiniLM.
 
 Time and memory do not depend on the weights' values, but for one thing: how far `energy` truncates
 a basis depends on the gradient's spectrum, and a random network's is not a trained one's.

@@ -1,8 +1,8 @@
 """How each method readies a model for training: `METHODS` by the name in the tables.
 
-As in the paper (section 5.1) everything but the MLP weights is trained by AdamW in every method; the
-MLP weights by the method. Of the LLaMA block, as there (section 5.2), only `up_proj` and `down_proj`
-are trained at all.
+As in the paper (section 5.1) everything but the MLP weights is trained by AdamW in every method,
+the MLP weights by the method. Of the LLaMA block, as there (section 5.2), only `up_proj` and
+`down_proj` are trained at all.
 """
 
 from __future__ import annotations
