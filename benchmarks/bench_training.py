@@ -10,7 +10,8 @@ memory is from a turn of its own: of CUDA's allocator, or on the CPU by the prof
 Running out of memory makes a row of the table. Every row is written as soon as it is there.
 
 `--quick` takes MiniLM with two layers, two tasks and few steps: it shows that all runs, and is no
-measurement of a whole model. Lengths and batch sizes: `glue.py`; what is trained: `training_methods.py`.
+measurement of a whole model. Lengths and batch sizes are in `glue.py`, what is trained in
+`training_methods.py`.
 """
 
 from __future__ import annotations
