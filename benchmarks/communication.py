@@ -8,7 +8,7 @@ which it receives what the `n - 1` others hold. Time is bytes over the bandwidth
 latency and without overlap with the backward pass.
 
 Each rank keeps the k largest entries of its own gradient, so the sets differ and have to be
-gathered: that grows with the ranks, and beyond about `1 / (4 density)` of them costs more than
+gathered: that grows with the ranks, and beyond `1 / density` of them (100 at 1%) costs more than
 reducing the dense gradient. Truncated, the gradient is a small dense matrix, which is reduced.
 """
 

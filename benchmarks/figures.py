@@ -12,6 +12,7 @@ from tables import REFERENCE, average_over_tasks, with_ratios
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLOURS = {
@@ -42,6 +43,13 @@ def _finish(axes: Any, **settings: Any) -> None:
     axes.set_axisbelow(True)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
+
+
+def _plain_logarithmic(axis: Any) -> None:
+    """Ticks at 1, 2 and 5 of each decade, written as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def training(rows: Rows) -> Figure:
@@ -96,6 +104,7 @@ def scaling(curves: list[dict[str, Any]]) -> Figure:
             axes.axvline(at, color=colour("SparseGrad"), linewidth=0.8, linestyle=":")
         axes.set_xticks(values, [f"{value:g}" for value in values], fontsize=8)
         axes.set_xticks([], minor=True)
+        _plain_logarithmic(axes.yaxis)
         fixed = ", ".join(f"{n} {v:g}" for n, v in curve["fixed"].items())
         _finish(axes, xlabel=curve["axis"], ylabel="milliseconds a step", title=fixed)
         axes.title.set_fontsize(9)
@@ -182,6 +191,7 @@ def peers(benchmarks: list[dict[str, Any]]) -> Figure:
     axes.set_yticks(range(len(bars)), labels, fontsize=8)
     axes.invert_yaxis()
     axes.set_xscale("log")
+    _plain_logarithmic(axes.xaxis)
     axes.margins(x=0.08, y=0.01)
     axes.axvline(1, color="black", linewidth=0.8)
     case = benchmarks[0]["extra_info"]["case"] if benchmarks else ""

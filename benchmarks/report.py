@@ -23,15 +23,17 @@ import tables
 from matplotlib.figure import Figure
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 0 1em;
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 1250px; margin: 2em auto; padding: 0 1em;
        color: #1a1a1a; }
 h1 { font-size: 1.6em; } h2 { margin-top: 2em; border-bottom: 1px solid #ccc; }
 h3 { margin-bottom: .3em; font-family: ui-monospace, monospace; }
 img { max-width: 100%; } .wide { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 12.5px; margin: .6em 0; }
-th { text-align: left; border-bottom: 2px solid #999; padding: .25em .7em; vertical-align: bottom; }
-td { border-bottom: 1px solid #e4e4e4; padding: .2em .7em; white-space: nowrap; }
-td.n { text-align: right; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; font-size: 12px; margin: .6em 0; }
+th { text-align: left; border-bottom: 2px solid #999; padding: .25em .55em; vertical-align: bottom;
+     white-space: nowrap; }
+td { border-bottom: 1px solid #e4e4e4; padding: .2em .55em; white-space: nowrap; }
+th.n, td.n { text-align: right; }
+td.n { font-variant-numeric: tabular-nums; } td:last-child { white-space: normal; }
 tr:nth-child(odd) td { background: #fafafa; }
 p { max-width: 48em; }
 @page { size: A3 landscape; margin: 1cm; }
@@ -130,7 +132,8 @@ def communication_section(page: Page, rows: list[dict[str, Any]]) -> None:
         "Communication of data-parallel training, on paper",
         "From shapes, not measured: benchmarks/communication.py says what is assumed. Gathering "
         "each rank's own k entries grows with the ranks and loses to reducing the dense gradient "
-        "beyond a few dozen; in a truncated basis the gradient is small and is reduced.",
+        "beyond 1 / density of them, 100 at 1%; in a truncated basis the gradient is small and is "
+        "reduced.",
     )
     page.figure("communication", figures.communication(rows), "bytes per rank and step")
     page.add(tables.communication_table(rows))

@@ -15,14 +15,23 @@ Rows = Iterable[dict[str, Any]]
 
 def render(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
     """A cell that starts with a digit, or is a dash, is a number and stands on the right."""
-
-    def cell(text: str) -> str:
-        number = ' class="n"' if text[:1].isdigit() or text == "-" else ""
-        return f"<td{number}>{html.escape(text)}</td>"
-
-    titles = "".join(f"<th>{html.escape(title)}</th>" for title in head)
-    lines = "".join(f"<tr>{''.join(map(cell, row))}</tr>" for row in body)
+    body = list(body)
+    lines = "".join(
+        f"<tr>{''.join(_cell('td', text, _is_number(text)) for text in row)}</tr>" for row in body
+    )
+    titles = "".join(
+        _cell("th", title, bool(body) and all(_is_number(row[column]) for row in body))
+        for column, title in enumerate(head)
+    )
     return f'<div class="wide"><table><tr>{titles}</tr>{lines}</table></div>'
+
+
+def _is_number(text: str) -> bool:
+    return text == "-" or text[:1].isdigit()
+
+
+def _cell(tag: str, text: str, is_number: bool) -> str:
+    return f"<{tag}{' class=n' if is_number else ''}>{html.escape(text)}</{tag}>"
 
 
 def number(value: float | None, form: str = ".2f", unit: str = "") -> str:
@@ -83,12 +92,12 @@ def averages_table(rows: Rows) -> str:
                 number(row["steps_per_second"]) if measured else row["status"],
                 number(row["steps_per_second_ratio"], unit="x"),
                 number(speed, unit="x"),
-                number(None if peak is None else peak / 1e6, ",.0f"),
+                number(None if peak is None else peak / 2**20, ",.0f"),
                 number(row["peak_bytes_ratio"], unit="x"),
                 number(memory, unit="x"),
             )
         )
-    head = ("model", "method", "steps/s", "to regular FT", "paper", "peak MB", "to regular FT")
+    head = ("model", "method", "steps/s", "to regular", "paper", "peak MiB", "to regular")
     return render((*head, "paper"), body)
 
 
@@ -115,14 +124,14 @@ def tasks_table(rows: Rows) -> str:
                 number(row["steps_per_second"]) if measured else row["status"],
                 number(row["steps_per_second_ratio"], unit="x"),
                 *parts,
-                number(None if peak is None else peak / 1e6, ",.0f"),
+                number(None if peak is None else peak / 2**20, ",.0f"),
                 number(row["peak_bytes_ratio"], unit="x"),
                 number(memory, unit="x"),
                 row["about"],
             )
         )
-    head = ("model", "task", "batch", "no padding", "method", "steps/s", "to regular FT")
-    parts_head = ("forward", "backward", "step", "peak MB", "to regular FT", "paper", "")
+    head = ("model", "task", "batch", "filled", "method", "steps/s", "to regular")
+    parts_head = ("forward", "backward", "step", "peak MiB", "to regular", "paper", "how")
     return render((*head, *parts_head), body)
 
 
