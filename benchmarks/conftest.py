@@ -51,14 +51,13 @@ class Comparison:
         """Each contender runs once and is checked, before anything is timed."""
         for name, run in list(self.runs.items()):
             try:
-                result = run()
-            except _UNSERVED as error:
+                self.check(name, run())
+            except (*_UNSERVED, AssertionError) as error:
                 if name in ("ours", "reference"):
                     raise
-                self.unserved[name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+                # A peer that cannot, or that is wrong, is no peer.
+                self.unserved[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
                 del self.runs[name]
-            else:
-                self.check(name, result)
 
 
 Compare = Callable[[Case, torch.device, torch.Generator], Comparison]

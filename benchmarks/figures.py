@@ -74,7 +74,9 @@ def training(rows: Rows) -> Figure:
                 row = found.get(method)
                 ratio = row and row[name]
                 if ratio is None:
-                    text = row["status"] if row and row["status"] != "measured" else "not measured"
+                    text = row["status"] if row else "not run"
+                    if text == "measured":
+                        text = f"no ratio: {REFERENCE} is missing"
                     axes.text(0.02, place, text, va="center", fontsize=8, color="#666666")
                     continue
                 axes.barh(place, ratio, color=colour(method), height=0.7)
@@ -84,7 +86,7 @@ def training(rows: Rows) -> Figure:
                     axes.plot(theirs, place, "D", color="white", markeredgecolor="black")
             axes.axvline(1, color="black", linewidth=0.8)
             axes.set_yticks(range(len(methods)), methods if axes is left else [], fontsize=8)
-            axes.invert_yaxis()
+            axes.set_ylim(len(methods) - 0.4, -0.6)
             axes.margins(x=0.12)
             note = " (diamond: the paper)" if model == paper_results.MODEL else ""
             _finish(axes, title=f"{model}: {title} to {REFERENCE}{note}", xlim=(0, None))
