@@ -77,10 +77,11 @@ def training(rows: Rows) -> Figure:
                     text = row["status"] if row else "not run"
                     if text == "measured":
                         text = f"no ratio: {REFERENCE} is missing"
-                    axes.text(0.02, place, text, va="center", fontsize=8, color="#666666")
+                    axes.text(0.01, place, text, va="center", fontsize=8, color="#666666")
                     continue
                 axes.barh(place, ratio, color=colour(method), height=0.7)
-                axes.text(ratio, place, f" {ratio:.2f}", va="center", fontsize=8)
+                beside = axes.get_yaxis_transform()  # clear of the bars and of the paper's marks
+                axes.text(1.01, place, f"{ratio:.2f}", va="center", fontsize=8, transform=beside)
                 theirs = paper_results.paper_ratio(paper, method)
                 if model == paper_results.MODEL and theirs is not None:
                     axes.plot(theirs, place, "D", color="white", markeredgecolor="black")
@@ -121,14 +122,14 @@ def roofline(benchmarks: list[dict[str, Any]], roofs: dict[str, Any], device: st
     ours = [b for b in benchmarks if b["extra_info"]["contender"] == "ours"]
     bandwidth = roofs["bytes_per_second"]
     products = [b for b in ours if b["extra_info"]["flops"]]
-    dtypes = sorted({b["extra_info"]["dtype"] for b in products})
-    intensities = [b["extra_info"]["flops"] / b["extra_info"]["bytes"] for b in products] or [1.0]
-    span = [min(intensities) / 4, max(intensities) * 4]
+    dtypes = list(roofs["flops_per_second"])  # of all that took part
+    intensities = [b["extra_info"]["flops"] / b["extra_info"]["bytes"] for b in products]
+    ridges = [roofs["flops_per_second"][dtype] / bandwidth for dtype in dtypes]
+    span = [min(intensities + ridges) / 4, max(intensities + ridges) * 4]
     shades = dict(zip(dtypes, ("#0072B2", "#E69F00", "#009E73", "#CC79A7"), strict=False))
-    for dtype in dtypes:
+    for dtype, ridge in zip(dtypes, ridges, strict=True):
         peak = roofs["flops_per_second"][dtype]
-        ridge = peak / bandwidth
-        line = sorted({*span, min(max(ridge, span[0]), span[1])})
+        line = (span[0], ridge, span[1])
         left.loglog(
             line,
             [min(peak, bandwidth * x) / 1e9 for x in line],
@@ -150,6 +151,7 @@ def roofline(benchmarks: list[dict[str, Any]], roofs: dict[str, Any], device: st
         )
     _finish(left, xlabel="flops per byte that has to move", ylabel="Gflop/s", title=f"{device}")
     left.legend(fontsize=7)
+    _plain_logarithmic(left.yaxis)
     _moved_memory(right, [b for b in ours if not b["extra_info"]["flops"]], bandwidth)
     return figure
 

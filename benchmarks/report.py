@@ -77,7 +77,8 @@ def training_section(page: Page, document: dict[str, Any]) -> None:
         f"Training on {document['provenance'].get('card') or document['provenance']['CPU']}",
         "The paper's Table 3: averages over the tasks, and ratios to regular fine-tuning of the "
         f"same model. The paper's column: {paper_results.SOURCE}. Its SparseGrad with "
-        "sparse-by-dense products stands beside ours too.",
+        "sparse-by-dense products stands beside ours too. As there, all else in the model is "
+        "trained by AdamW in every method.",
         f"Settings: layers {settings['layers'] or 'all'}, {settings['dtype']}, "
         f"{settings['turns']} turns of {settings['steps']} steps, medians; bases from "
         f"{settings['basis_steps']} batches. "
@@ -100,8 +101,8 @@ def operators_section(page: Page, documents: list[dict[str, Any]]) -> None:
         "Operators",
         "All contenders of a case take turns in one run and are checked before; medians. The "
         "bound is the least that has to be done, done by torch (one read, or the dense product of "
-        "what is not zero), or bytes over bandwidth where no run does it. Peers: how many times "
-        "our time.",
+        "what is not zero), or bytes over bandwidth where no run does it. Of the "
+        "reference and the peers the tables have their time over ours.",
     )
     for index, document in enumerate(documents):
         found = document["benchmarks"]
