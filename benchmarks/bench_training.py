@@ -180,7 +180,8 @@ class Bench:
 def out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    said = ("DefaultCPUAllocator", "bad_alloc", "could not create a memory")  # torch, C++, oneDNN
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in said)
 
 
 def run(bench: Bench, methods: list[str], turns: int) -> list[Row]:

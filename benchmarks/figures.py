@@ -151,7 +151,8 @@ def roofline(benchmarks: list[dict[str, Any]], roofs: dict[str, Any], device: st
         )
     _finish(left, xlabel="flops per byte that has to move", ylabel="Gflop/s", title=f"{device}")
     left.legend(fontsize=7)
-    _plain_logarithmic(left.yaxis)
+    for axis in (left.xaxis, left.yaxis):
+        _plain_logarithmic(axis)
     _moved_memory(right, [b for b in ours if not b["extra_info"]["flops"]], bandwidth)
     return figure
 

@@ -29,13 +29,17 @@ def sparse_by_dense(a: Tensor, b: Tensor) -> Tensor:
 
 
 class _PaperFunction(torch.autograd.Function):
+    """Computes in the dtype of `x`, as autocast would."""
+
     @staticmethod
     def forward(ctx, x, weight, bias, u, v, k, product):
+        u, v, ctx.dtype = u.to(x.dtype), v.to(x.dtype), weight.dtype
+        weight = weight.to(x.dtype)
         rotated = x @ u.T
         ctx.save_for_backward(rotated, weight, u, v)
         ctx.k, ctx.product, ctx.has_bias = k, product, bias is not None
         y = rotated @ weight.T @ v
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(x.dtype)
 
     @staticmethod
     def backward(ctx, g):
@@ -45,10 +49,11 @@ class _PaperFunction(torch.autograd.Function):
         g_rotated = product(flat, v.T)
         grad_input = product(product(g_rotated, weight), u).reshape(*g.shape[:-1], u.shape[1])
         dense = product(g_rotated.T, rotated.reshape(-1, rotated.shape[-1]))
+        indices, values = torch_topk(dense, ctx.k)
         grad = torch.sparse_coo_tensor(
-            *torch_topk(dense, ctx.k), weight.shape, check_invariants=False
+            indices, values.to(ctx.dtype), weight.shape, check_invariants=False
         )
-        grad_bias = flat.sum(0) if ctx.has_bias else None
+        grad_bias = flat.sum(0).to(ctx.dtype) if ctx.has_bias else None
         return grad_input, grad, grad_bias, None, None, None, None
 
 
@@ -64,5 +69,7 @@ class PaperLinear(nn.Module):
             self.bias = None if linear.bias is None else nn.Parameter(linear.bias.clone())
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         u, v = self.basis.u, self.basis.v
         return _PaperFunction.apply(x, self.weight, self.bias, u, v, self.k, self.product)
