@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import Comparison
+from comparison import Comparison
 from shapes import Case, make_inputs
 from torch import Tensor
 

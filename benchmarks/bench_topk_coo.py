@@ -5,7 +5,7 @@ from __future__ import annotations
 import peers
 import pytest
 import torch
-from conftest import Comparison
+from comparison import Comparison
 from measure import read_once
 from shapes import Case, make_inputs
 
