@@ -12,32 +12,18 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-import peft
 import torch
+from measure import Run, medians
+from peers import any_nonzero, torch_topk
+from steps import Steps, random_basis
 from torch import Tensor, nn
 
-from sparsegrad_kernels import Basis, SparseAdam, SparseGradLinear, ops
+from sparsegrad_kernels import ops
 
 IN, OUT, TOKENS = 768, 3072, 2048
 K = IN * OUT // 100
-Run = Callable[[], object]
-
-
-def medians(runs: dict[str, Run], repeats: int) -> dict[str, float]:
-    """Seconds; the runs take turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for turn in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            if turn:  # the first warms up
-                times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) for name, each in times.items()}
 
 
 def report(what: str, at_least: float, aim: float, times: dict[str, float]) -> None:
@@ -72,12 +58,6 @@ def output_gradient(tokens: int, share: float, generator: torch.Generator) -> Te
     return g * (torch.rand(tokens, 1, generator=generator) < share)
 
 
-def torch_topk(c: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    flat = c.flatten()
-    linear = flat.abs().topk(k).indices.sort().values
-    return torch.stack([linear // c.shape[1], linear % c.shape[1]]), flat[linear]
-
-
 def compare_operators(repeats: int, generator: torch.Generator) -> None:
     for shape, at_least, aim in (((OUT, IN), 6, 10), ((11008, 4096), 6, 15)):
         c = torch.randn(shape, generator=generator)
@@ -95,13 +75,14 @@ def compare_operators(repeats: int, generator: torch.Generator) -> None:
     g = output_gradient(TOKENS, 0.48, generator)
     x, weight = (torch.randn(n, IN, generator=generator) for n in (TOKENS, OUT))
 
-    def any_any() -> tuple[Tensor, Tensor]:
-        return (g != 0).any(1).nonzero()[:, 0], (g != 0).any(0).nonzero()[:, 0]
-
-    rows = any_any()[0]
-    for got, wanted in zip(ops.nonzero_rows_cols(g), any_any(), strict=True):
+    rows = any_nonzero(g)[0]
+    for got, wanted in zip(ops.nonzero_rows_cols(g), any_nonzero(g), strict=True):
         assert torch.equal(got, wanted)
-    runs = {"ours": lambda: ops.nonzero_rows_cols(g), "peer": any_any, "bound": g.sum}
+    runs = {
+        "ours": lambda: ops.nonzero_rows_cols(g),
+        "peer": lambda: any_nonzero(g),
+        "bound": g.sum,
+    }
     report("nonzero_rows_cols", 4, 10, medians(runs, repeats))
 
     torch.testing.assert_close(ops.sparse_dense_mm(g, weight), g @ weight)
@@ -145,87 +126,9 @@ def compare_operators(repeats: int, generator: torch.Generator) -> None:
     report("sparse_adam_", 10, 20, medians(runs, 4 * repeats))
 
 
-class PaperLinear(torch.autograd.Function):
-    """The paper's Table 2: three products forward, and in the transformed space backward."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, u, v):
-        rotated = x @ u.T
-        ctx.save_for_backward(rotated, weight, u, v)
-        return rotated @ weight.T @ v + bias
-
-    @staticmethod
-    def backward(ctx, g):
-        rotated, weight, u, v = ctx.saved_tensors
-        g_rotated = g @ v.T
-        grad = torch.sparse_coo_tensor(
-            *torch_topk(g_rotated.T @ rotated, K), weight.shape, check_invariants=False
-        )
-        return g_rotated @ weight @ u, grad, g.sum(0), None, None
-
-
-class Steps:
-    """Forward, backward and optimizer step of one linear, by each method, on the same input."""
-
-    def __init__(self, tokens: int, share: float, generator: torch.Generator) -> None:
-        self.x = torch.randn(tokens, IN, generator=generator).requires_grad_()
-        self.g = output_gradient(tokens, share, generator)
-        self.linear = nn.Linear(IN, OUT)
-
-    def run(self, forward: Callable[[Tensor], Tensor], *optimizers: torch.optim.Optimizer) -> Run:
-        def step() -> None:
-            self.x.grad = None
-            forward(self.x).backward(self.g)
-            for optimizer in optimizers:
-                optimizer.step()
-                optimizer.zero_grad()
-
-        return step
-
-    def sparsegrad(self, basis: Basis) -> Run:
-        layer = SparseGradLinear.from_linear(self.linear, basis, k=K)
-        self.check(layer, basis)
-        return self.run(layer, SparseAdam(layer.parameters(), lr=1e-6))
-
-    def check(self, layer: SparseGradLinear, basis: Basis) -> None:
-        self.x.grad = None
-        layer(self.x).backward(self.g)
-        dense = basis.v @ (self.g.T @ self.x.detach()) @ basis.u.T
-        grad = layer.delta.grad.coalesce()
-        at = grad.indices()
-        torch.testing.assert_close(grad.values(), dense[at[0], at[1]], rtol=1e-3, atol=1e-2)
-        torch.testing.assert_close(self.x.grad, self.g @ self.linear.weight, rtol=1e-4, atol=1e-4)
-        layer.zero_grad()
-
-    def paper(self, basis: Basis) -> Run:
-        with torch.no_grad():
-            weight = nn.Parameter(basis.v @ self.linear.weight @ basis.u.T)
-        bias = nn.Parameter(self.linear.bias.detach().clone())
-
-        def forward(x: Tensor) -> Tensor:
-            return PaperLinear.apply(x, weight, bias, basis.u, basis.v)
-
-        optimizers = torch.optim.SparseAdam([weight], lr=1e-6), torch.optim.AdamW([bias], lr=1e-6)
-        return self.run(forward, *optimizers)
-
-    def dense(self) -> Run:
-        linear = nn.Linear(IN, OUT)
-        return self.run(linear, torch.optim.AdamW(linear.parameters(), lr=1e-6, fused=True))
-
-    def lora(self) -> Run:
-        config = peft.LoraConfig(r=7, target_modules=["0"], lora_dropout=0.0)
-        model = peft.get_peft_model(nn.Sequential(nn.Linear(IN, OUT)), config)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        return self.run(model, torch.optim.AdamW(trained, lr=1e-6, fused=True))
-
-
 def compare_steps(repeats: int, generator: torch.Generator) -> None:
-    u, v = (
-        torch.linalg.qr(torch.randn(n, n, generator=generator, dtype=torch.float64))[0].float()
-        for n in (IN, OUT)
-    )
-    full = Basis(u, v, torch.ones(IN), torch.ones(OUT))
-    short = Basis(u[:196].clone(), v[:919].clone(), torch.ones(IN), torch.ones(OUT))
+    full = random_basis(IN, OUT, generator, torch.device("cpu"))
+    short = full.truncate(rank_in=196, rank_out=919)
 
     steps = Steps(TOKENS, 0.48, generator)
     runs = {

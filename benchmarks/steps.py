@@ -1,0 +1,108 @@
+"""One linear's training step, by each method, on the same input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import peft
+import torch
+from measure import Run
+from paper import PaperLinear
+from torch import Tensor, nn
+
+from sparsegrad_kernels import Basis, SparseAdam, SparseGradLinear
+
+_LR = 1e-6
+
+
+def random_basis(
+    in_features: int, out_features: int, generator: torch.Generator, device: torch.device
+) -> Basis:
+    """Orthogonal, of full rank: cost does not depend on which."""
+    u, v = (
+        torch.linalg.qr(torch.randn(n, n, generator=generator).to(device, torch.float64))[0].float()
+        for n in (in_features, out_features)
+    )
+    return Basis(u, v)
+
+
+class Steps:
+    """Forward, backward and optimizer step of an `[out, in]` linear; makes runs to time.
+
+    Args:
+        tokens: how many; `share` of them have a gradient.
+        density: share of the weight gradient's entries that is kept.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        share: float,
+        generator: torch.Generator,
+        in_features: int = 768,
+        out_features: int = 3072,
+        density: float = 0.01,
+        device: torch.device | None = None,
+    ) -> None:
+        self.device = device or torch.device("cpu")
+        self.k = max(1, int(density * in_features * out_features))
+        self.x = torch.randn(tokens, in_features, generator=generator).to(self.device)
+        self.x.requires_grad_()
+        g = torch.randn(tokens, out_features, generator=generator)
+        nonzero = torch.rand(tokens, 1, generator=generator) < share
+        nonzero[0] = True  # of few tokens none might be
+        self.g = (g * nonzero).to(self.device)
+        self.linear = nn.Linear(in_features, out_features, device=self.device)
+
+    def run(self, forward: Callable[[Tensor], Tensor], *optimizers: torch.optim.Optimizer) -> Run:
+        def step() -> None:
+            self.x.grad = None
+            forward(self.x).backward(self.g)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        return step
+
+    def sparsegrad(self, basis: Basis | None) -> Run:
+        """With a basis of None: MeProp."""
+        layer = SparseGradLinear.from_linear(self.linear, basis, k=self.k)
+        self.check(layer)
+        return self.run(layer, SparseAdam(layer.parameters(), lr=_LR))
+
+    def check(self, layer: SparseGradLinear) -> None:
+        self.x.grad = None
+        layer(self.x).backward(self.g)
+        dense = self.g.T @ self.x.detach()
+        if layer.basis is not None:
+            dense = layer.basis.v @ dense @ layer.basis.u.T
+        grad = layer.delta.grad.coalesce()
+        at = grad.indices()
+        torch.testing.assert_close(grad.values(), dense[at[0], at[1]], rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(self.x.grad, self.g @ self.linear.weight, rtol=1e-4, atol=1e-4)
+        layer.zero_grad()
+
+    def paper(self, basis: Basis) -> Run:
+        layer = PaperLinear(self.linear, basis, self.k)
+        optimizers = (
+            torch.optim.SparseAdam([layer.weight], lr=_LR),
+            torch.optim.AdamW([layer.bias], lr=_LR),
+        )
+        return self.run(layer, *optimizers)
+
+    def dense(self) -> Run:
+        linear = nn.Linear(self.linear.in_features, self.linear.out_features, device=self.device)
+        return self.run(linear, torch.optim.AdamW(linear.parameters(), lr=_LR, fused=True))
+
+    def lora(self, rank: int = 7) -> Run:
+        config = peft.LoraConfig(r=rank, target_modules=["0"], lora_dropout=0.0)
+        linear = nn.Linear(self.linear.in_features, self.linear.out_features, device=self.device)
+        model = peft.get_peft_model(nn.Sequential(linear), config)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return self.run(model, torch.optim.AdamW(trained, lr=_LR, fused=True))
+
+    def bound(self) -> Run:
+        """The dense forward, and the input gradient of the tokens with one: no method does less."""
+        weight, x = self.linear.weight.detach(), self.x.detach()
+        packed = self.g[(self.g != 0).any(1)]
+        return lambda: (x @ weight.T, packed @ weight)
