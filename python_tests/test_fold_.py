@@ -106,3 +106,140 @@ def test_compile(generator):
 
     torch.testing.assert_close(torch.compile(use, fullgraph=True)(weight), use(copy))
     torch.testing.assert_close(weight, copy)
+
+
+# ---- Stochastic rounding ----
+
+NARROW = (torch.bfloat16, torch.float16)
+OP_STOCHASTIC = torch.ops.sparsegrad_kernels._fold_stochastic_.default
+
+
+def seed_of(number: int) -> torch.Tensor:
+    return torch.tensor([number])
+
+
+def spread(dtype: torch.dtype) -> torch.Tensor:
+    """Numbers of `dtype` of every magnitude, subnormal ones and the largest among them."""
+    limits = torch.finfo(dtype)
+    numbers = [1.0, 1.5, -2.0, 0.0, -0.0, 3e-6, -4e-5, limits.tiny, limits.smallest_normal / 4]
+    return torch.tensor([[*numbers, limits.max, limits.min, torch.inf, torch.nan, 100.0]]).to(dtype)
+
+
+def every_column(n: int) -> torch.Tensor:
+    return torch.stack([torch.zeros(n, dtype=torch.int64), torch.arange(n)])
+
+
+def fold_row(weight: torch.Tensor, values: torch.Tensor, seed: int) -> torch.Tensor:
+    """`weight + values` for one row, each element rounded stochastically."""
+    result = weight.clone()
+    fold_(result, None, None, every_column(weight.shape[1]), values, seed_of(seed))
+    return result
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+def test_stochastic_is_a_neighbour_of_the_sum(dtype, rotated, layout, generator):
+    weight, u, v, indices, values = make(9, 7, 9, 7, 30, dtype, generator)
+    factors = (u, v) if rotated else (None, None)
+    exact = weight.float()
+    fold_(exact, *(f if f is None else f.float() for f in factors), indices, values.float())
+    target = strided_views(weight.clone())[layout]
+    fold_(target, *factors, indices, values, seed_of(5))
+    gap = torch.finfo(dtype).eps * exact.abs() + 1e-6
+    assert bool(((target.float() - exact).abs() <= 1.01 * gap).all())
+    again, other = weight.clone(), weight.clone()
+    fold_(again, *factors, indices, values, seed_of(5))
+    fold_(other, *factors, indices, values, seed_of(6))
+    assert torch.equal(again, target)
+    assert not torch.equal(again, other)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_stochastic_is_unbiased(dtype):
+    n, gap = 4000, torch.finfo(dtype).eps
+    weight = torch.ones(1, n, dtype=dtype)
+    # 0.3 of the gap: rounded to nearest, it is lost.
+    values = torch.full((n,), 0.3 * gap, dtype=dtype)
+    up = torch.stack([fold_row(weight, values, seed) > 1 for seed in range(8)]).double()
+    assert bool(((up == 0) | (up == 1)).all())
+    share = values[0].double().item() / gap
+    error = (share * (1 - share) / up.numel()) ** 0.5
+    assert abs(up.mean().item() - share) < 5 * error
+    nearest = weight.clone()
+    fold_(nearest, None, None, every_column(n), values)
+    assert torch.equal(nearest, weight)
+
+
+def test_stochastic_is_unbiased_where_float16_is_subnormal():
+    n, gap = 4000, 2.0**-24
+    big = torch.full((n,), 3 * gap, dtype=torch.float16)
+    weight = torch.full((1, n), 0.25 * 2.0**-14, dtype=torch.float16)
+    result = fold_row(weight, big, 1)  # representable: exact
+    assert torch.equal(result, weight + big)
+    # 1 + 1 / 3 of a gap: the product of a basis row and a value that float16 cannot hold.
+    u = torch.full((1, n), 2.0**-12, dtype=torch.float16)
+    v, value = torch.ones(1, 1, dtype=torch.float16), torch.tensor([2.0**-12 / 3]).half()
+    wanted = 0.25 * 2.0**-14 + value.double().item() * 2.0**-12
+    fold_(weight, u, v, torch.zeros(2, 1, dtype=torch.int64), value, seed_of(2))
+    share = (wanted / gap) % 1
+    error = gap * (share * (1 - share) / n) ** 0.5
+    assert abs(weight.double().mean().item() - wanted) < 5 * error
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_stochastic_leaves_what_no_update_changes(dtype):
+    weight = spread(dtype)
+    for values in (
+        torch.zeros(weight.shape[1], dtype=dtype),
+        -torch.zeros(weight.shape[1]).to(dtype),
+    ):
+        result = fold_row(weight, values, 3)
+        assert torch.equal(result.view(torch.int16), weight.view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_stochastic_of_limits(dtype):
+    limits = torch.finfo(dtype)
+    weight = torch.tensor([[limits.max, limits.min, limits.max, torch.inf, 1.0, torch.inf]]).to(
+        dtype
+    )
+    values = torch.tensor([limits.max * limits.eps / 16, -limits.max * limits.eps / 16])
+    more = torch.tensor([limits.max, -torch.inf, torch.nan, 1.0])
+    values = torch.cat([values, more]).to(dtype)
+    for seed in range(20):
+        result = fold_row(weight, values, seed)[0]
+        assert result[0] == limits.max and result[1] == limits.min
+        assert result[2] == torch.inf and result[3].isnan() and result[4].isnan()
+        assert result[5] == torch.inf
+
+
+def test_stochastic_bits_are_pinned():
+    """The same on every backend: Philox 4x32-10 of the seed and the position."""
+    gap = torch.finfo(torch.bfloat16).eps
+    weight = torch.ones(1, 16, dtype=torch.bfloat16)
+    values = torch.full((16,), 0.5 * gap).bfloat16()
+    up = (fold_row(weight, values, 2**40 + 1)[0] > 1).int().tolist()
+    assert up == [1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 0, 0, 0]
+
+
+def test_stochastic_bad_input():
+    w, i, x = torch.zeros(3, 2).bfloat16(), torch.tensor([[2], [1]]), torch.ones(1).bfloat16()
+    with pytest.raises(TypeError, match="weight must be bfloat16 or float16 to be rounded, got"):
+        fold_(w.float(), None, None, i, x.float(), seed_of(1))
+    with pytest.raises(TypeError, match="seed must be a torch.Tensor, got int"):
+        fold_(w, None, None, i, x, 1)
+    with pytest.raises(TypeError, match="seed must be int64, got torch.int32"):
+        fold_(w, None, None, i, x, seed_of(1).int())
+    with pytest.raises(ValueError, match="seed must have one element, got shape"):
+        fold_(w, None, None, i, x, torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match="seed must be on the device of weight, cpu, got meta"):
+        fold_(w, None, None, i, x, seed_of(1).to("meta"))
+    with pytest.raises(ValueError, match=r"indices must lie in \[0, 3\) x \[0, 2\)"):
+        fold_(w, None, None, torch.tensor([[3], [0]]), x, seed_of(1))
+
+
+def test_stochastic_opcheck(generator):
+    weight, u, v, indices, values = make(8, 6, 5, 4, 9, torch.bfloat16, generator)
+    torch.library.opcheck(OP_STOCHASTIC, (weight, u, v, indices, values, seed_of(1)))
+    torch.library.opcheck(OP_STOCHASTIC, (weight, None, None, indices, values, seed_of(1)))

@@ -65,6 +65,15 @@ def test_long_sum_is_accumulated_in_float32():
     assert sparse_dense_mm(ones, ones.T.contiguous()).tolist() == [[4096.0] * 2] * 2
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_long_sums(dtype, generator):
+    """Where kernels split the sums; of 70 rows more than a tile's are zero."""
+    a = sparse_matrix(70, 1100, dtype, generator, 0.3)
+    b = torch.randn(1100, 13, generator=generator).to(dtype)
+    check(a, b)
+    assert torch.equal(sparse_dense_mm(a, b), sparse_dense_mm(a, b))
+
+
 def test_zero_rows_do_not_meet_infinities():
     a = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     b = torch.tensor([[2.0], [torch.inf]])

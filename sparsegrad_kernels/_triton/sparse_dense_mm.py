@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import torch
@@ -32,13 +33,15 @@ def _row_left_out(rows, n_rows, position):
     low = tl.zeros_like(position)
     high = low + n_rows
     # rows[i] - i is how many numbers below rows[i] are left out; it never falls.
-    for _ in range(32):
+    span = n_rows
+    while span > 0:
         middle = low + (high - low) // 2
         open_ = low < high
         left_out = tl.load(rows + middle, mask=open_, other=0) - middle
         above = left_out > position
         high = tl.where(open_ & above, middle, high)
         low = tl.where(open_ & (above == 0), middle + 1, low)
+        span = span // 2
     return position + low
 
 
@@ -51,7 +54,7 @@ def _store(out, out_row_stride, out_col_stride, row, mask, cols, n_cols, tile, W
     tl.store(to, tile.to(out.dtype.element_ty), mask=mask[:, None] & (cols < n_cols)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["bucket"])
 def _product_kernel(
     a, a_row_stride, a_inner_stride,
     b, b_inner_stride, b_col_stride,
@@ -117,10 +120,13 @@ def _add_parts_kernel(
     for _ in range(n_parts):
         sums += tl.load(from_, mask=mask, other=0.0)
         from_ += part_stride
-    row = listed(rows, n_rows, position)
+    row = position
+    keep = position < n_rows
     if SCATTER:
-        row = tl.where(position < n_rows, row, _row_left_out(rows, n_rows, position - n_rows))
-    _store(out, n_cols, 1, row, position < all_rows, cols, n_cols, sums, WIDE)
+        left_out = _row_left_out(rows, n_rows, position - n_rows)
+        row = tl.where(keep, listed(rows, n_rows, position), left_out)
+        keep = position < all_rows
+    _store(out, n_cols, 1, row, keep, cols, n_cols, sums, WIDE)
 
 
 _tuned_product = TunedProduct(_product_kernel)
@@ -145,21 +151,31 @@ def sparse_dense_mm(a: Tensor, b: Tensor, tol: float) -> Tensor:
 
 
 def multiply(
-    a: Tensor, b: Tensor, rows: Tensor, inner: Tensor, counts: Tensor, out: Tensor
+    a: Tensor,
+    b: Tensor,
+    rows: Tensor,
+    inner: Tensor,
+    counts: Tensor,
+    out: Tensor,
+    scatter: bool = True,
 ) -> None:
-    """`out[rows] = A[rows][:, inner] @ B[inner]`, and zeros in the other rows of `out`."""
+    """`out[rows] = A[rows][:, inner] @ B[inner]`, and zeros in the other rows of `out`.
+
+    Without `scatter` the product's rows are the first of `out`, which is contiguous, and the
+    others are left as they are.
+    """
     (n_rows, n_inner), n_cols = a.shape, b.shape[1]
     if out.numel() == 0:
         return
     n_parts = n_parts_of(n_rows, n_inner, n_cols, a.device)
-    target = out[None]
+    target, direct = out[None], scatter and n_parts == 1
     if n_parts > 1:
         wide = torch.promote_types(a.dtype, torch.float32)
         target = a.new_empty((n_parts, n_rows, n_cols), dtype=wide)
 
     def grid(tile: dict[str, Any]) -> tuple[int, int]:
         # Rows kept and rows left out may each end in a tile that is not full.
-        row_tiles = triton.cdiv(n_rows, tile["BLOCK_M"]) + (n_parts == 1)
+        row_tiles = triton.cdiv(n_rows, tile["BLOCK_M"]) + direct
         return row_tiles * triton.cdiv(n_cols, tile["BLOCK_N"]), n_parts
 
     wide_offsets = needs_int64(a, b, target[0])
@@ -170,7 +186,7 @@ def multiply(
         out=target, out_part_stride=target.stride(0), out_row_stride=target.stride(1),
         out_col_stride=target.stride(2), rows=rows, inner=inner, counts=counts,
         all_rows=n_rows, all_inner=n_inner, n_cols=n_cols, n_parts=n_parts,
-        bucket=bucket(n_rows, n_inner, n_cols), SCATTER=n_parts == 1,
+        bucket=bucket(n_rows, n_inner, n_cols), SCATTER=direct,
         PRECISION=precision(), WIDE=wide_offsets, **addressing(a),
     )  # fmt: skip
     if n_parts > 1:
@@ -180,7 +196,7 @@ def multiply(
         )
         _add_parts_kernel[add_grid](
             target, target.stride(0), out, rows, counts, n_rows, n_cols, n_parts,
-            SCATTER=True, WIDE=wide_offsets, **_ADD_TILE,
+            SCATTER=scatter, WIDE=wide_offsets, **_ADD_TILE,
         )  # fmt: skip
 
 
@@ -190,30 +206,44 @@ _PRODUCT_INTEGERS = (
 )  # fmt: skip
 
 
-def _variants() -> Any:
-    """Every tile of every dtype, A contiguous along either axis; one with 64-bit offsets."""
-    for name, size in (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8)):
-        for config in CONFIGS[size]:
-            for inner_contiguous in (True, False):
-                yield name, config, inner_contiguous, False
-        yield name, CONFIGS[size][0], True, True
+def _product_variant(
+    name: str,
+    config: triton.Config,
+    ones: tuple[str, ...],
+    addressed: tuple[int, int],
+    **given: Any,
+) -> tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]:
+    pointers = {"a": f"*{name}", "b": f"*{name}", "out": f"*{name}"}
+    pointers |= {"rows": "*i32", "inner": "*i32", "counts": "*i32"}
+    sizes = dict.fromkeys(_PRODUCT_INTEGERS, "i32")
+    contiguous = dict.fromkeys((*ones, "b_col_stride", "out_col_stride"), 1)
+    signature = {key: kind for key, kind in (pointers | sizes).items() if key not in contiguous}
+    rows, inner = addressed
+    constants = {"SCATTER": True, "WIDE": False, "ROWS": rows, "INNER": inner}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return _product_kernel, signature, contiguous | constants | given | config.kwargs, options
 
 
 def _ahead_of_time() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
+    """Every tile of every dtype, A contiguous along either axis or none, parts and 64 bits."""
+    listed_, either = LISTED.value, EITHER.value
+    layouts = (("a_inner_stride",), (listed_, either)), (("a_row_stride",), (either, listed_))
     entries = []
-    for name, config, inner_contiguous, wide_offsets in _variants():
-        signature = {"a": f"*{name}", "b": f"*{name}", "out": f"*{name}"}
-        signature |= {"rows": "*i32", "inner": "*i32", "counts": "*i32"}
-        signature |= dict.fromkeys(_PRODUCT_INTEGERS, "i32")
-        contiguous = "a_inner_stride" if inner_contiguous else "a_row_stride"
-        ones = {contiguous: 1, "b_col_stride": 1, "out_col_stride": 1}
-        kept = LISTED.value, EITHER.value
-        rows, inner = kept if inner_contiguous else reversed(kept)
-        constants = ones | {"SCATTER": True, "ROWS": rows, "INNER": inner, "WIDE": wide_offsets}
-        constants |= {"PRECISION": "tf32" if inner_contiguous else "ieee"} | config.kwargs
-        options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-        types = {key: kind for key, kind in signature.items() if key not in ones}
-        entries.append((_product_kernel, types, constants, options))
+    for name, size in (("fp32", 4), ("bf16", 2), ("fp16", 2), ("fp64", 8)):
+        precisions = ("tf32", "ieee") if name == "fp32" else ("ieee",)
+        for config, (ones, addressed), by in product(CONFIGS[size], layouts, precisions):
+            entries.append(_product_variant(name, config, ones, addressed, PRECISION=by))
+        first = CONFIGS[size][0], (), (listed_, listed_)
+        entries.append(_product_variant(name, *first, PRECISION="ieee", SCATTER=False))
+        entries.append(_product_variant(name, *first, PRECISION="ieee", WIDE=True))
+        wide = "fp64" if name == "fp64" else "fp32"
+        signature = {"parts": f"*{wide}", "out": f"*{name}", "rows": "*i32", "counts": "*i32"}
+        signature |= {"part_stride": "i64", "all_rows": "i32", "n_cols": "i32", "n_parts": "i32"}
+        tile = {key: number for key, number in _ADD_TILE.items() if key != "num_warps"}
+        options = {"num_warps": _ADD_TILE["num_warps"], "num_stages": 3}
+        entries.append(
+            (_add_parts_kernel, signature, {"SCATTER": True, "WIDE": True} | tile, options)
+        )
     return entries
 
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_coo, check_like, check_matrix
+from ._checks import check_coo, check_like, check_matrix, check_tensor
 from ._library import call_in_bounds, define
+from ._rounding import round_stochastically
 
 
 def _sparse_times(indices: Tensor, values: Tensor, size: tuple[int, int], b: Tensor) -> Tensor:
@@ -45,6 +46,20 @@ def _reference(
         weight.copy_(torch.addmm(weight.to(wide), left, right))
 
 
+def _reference_stochastic(
+    weight: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    indices: Tensor,
+    values: Tensor,
+    seed: Tensor,
+) -> None:
+    total = weight.float().contiguous()
+    u, v = (None if factor is None else factor.float() for factor in (u, v))
+    _reference(total, u, v, indices, values.float())
+    weight.copy_(round_stochastically(total, weight, seed))
+
+
 def _fake(*args) -> None:
     return None
 
@@ -54,10 +69,38 @@ _op = define(
     _reference,
     _fake,
 )
+_op_stochastic = define(
+    "_fold_stochastic_(Tensor(a!) weight, Tensor? u, Tensor? v, Tensor indices, Tensor values,"
+    " Tensor seed) -> ()",
+    _reference_stochastic,
+    _fake,
+)
+
+
+def _check_seed(seed: object, weight: Tensor) -> None:
+    check_tensor("seed", seed)
+    assert isinstance(seed, Tensor)
+    if weight.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"with a seed, weight must be bfloat16 or float16 to be rounded, got {weight.dtype}"
+        )
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed must be int64, got {seed.dtype}")
+    if seed.numel() != 1:
+        raise ValueError(f"seed must have one element, got shape {tuple(seed.shape)}")
+    if seed.device != weight.device:
+        raise ValueError(
+            f"seed must be on the device of weight, {weight.device}, got {seed.device}"
+        )
 
 
 def fold_(
-    weight: Tensor, u: Tensor | None, v: Tensor | None, indices: Tensor, values: Tensor
+    weight: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
+    indices: Tensor,
+    values: Tensor,
+    seed: Tensor | None = None,
 ) -> None:
     """`weight += v.T @ D @ u`, in place, for the sparse `D [r_out, r_in]` given as COO.
 
@@ -67,6 +110,10 @@ def fold_(
         v: `[r_out, out]`, the leading rows of the output basis, or None (with `u`).
         indices: `[2, k]` int64; entries given twice are summed.
         values: `[k]`, dtype and device of `weight`.
+        seed: one int64 on the device of `weight`, bfloat16 or float16, which is then rounded
+            stochastically: an update smaller than half the gap between two numbers is kept on
+            average, not lost. A seed gives the same bits each time, so pass another each step.
+            None: round to nearest.
 
     Raises:
         TypeError, ValueError: wrong rank, shape, dtype or device, indices out of bounds (checked
@@ -87,5 +134,14 @@ def fold_(
                 )
         shape = (v.shape[0], u.shape[0])
     check_coo(indices, values, "weight", weight)
-    if values.shape[0]:
+    if seed is not None:
+        _check_seed(seed, weight)
+    if not values.shape[0]:
+        return
+    if seed is None:
         call_in_bounds("fold_", _op, indices, shape, weight, u, v, indices, values)
+    else:
+        name = "_fold_stochastic_"
+        call_in_bounds(
+            name, _op_stochastic, indices, shape, weight, u, v, indices, values, seed.view(1)
+        )
