@@ -6,7 +6,8 @@ No network is needed. The package is built as by `pip install --no-build-isolati
 the card that is there, and installed with the wheels of DIR (for what the machine lacks, as
 tensorly) in a folder of its own, `build/gpu`: the environment is left as it is. A build, a test or
 a sanitizer that fails ends the run. What is known by then is written after every stage to
-benchmarks/results/<card>-<date>-<commit>.json and .md, with the benchmarks' own files beside it.
+benchmarks/results/<card>-<date>-<commit>.json and .md, with the benchmarks' own files beside it;
+all output is in build/gpu.log (with --out DIR all of this is in DIR: 7 files at most).
 
 `--device cpu` runs the same steps on CPU tensors with small sizes. What needs a GPU (the CUDA and
 Triton backends, compute-sanitizer) is left out: it proves this script and the tests, not kernels.
@@ -30,6 +31,7 @@ from gpu_steps import Outcome, Step, run_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 SITE = ROOT / "build" / "gpu"
+LOGS = ROOT / "build" / "gpu-logs"
 PARTS = ("tests", "sanitizer", "micro", "training")
 BUDGET = 570  # seconds of the 10 minutes that a command may take on the machine
 PYTEST = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -130,6 +132,11 @@ def sanitizer(device: str) -> list[Stage]:
     if device == "cpu":
         return []
     tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    # On some virtual machines it refuses the device: then it proves nothing, and is not there.
+    works = LOGS / "sanitizer-works"
+    probe = f"import torch; torch.ones(3).cuda().sum().item(); open({str(works)!r}, 'w')"
+    try_it = [tool, f"--error-exitcode={SANITIZER_FAILED}", "--report-api-errors=no"]
+    try_it += [sys.executable, "-P", "-c", probe]
     few = "small and (float32 or bfloat16)"
     stage = []
     for name, flags, chosen, environment in (
@@ -144,8 +151,8 @@ def sanitizer(device: str) -> list[Stage]:
             environment = {**environment, "SPARSEGRAD_BACKEND": backend, "OMP_NUM_THREADS": "2"}
             title = f"sanitizer: {name}, {backend}"
             # It is slow by nature: no time left is no failure.
-            stage.append(Step(title, command, 180, environment, [tool], ["failed"]))
-    return [stage]
+            stage.append(Step(title, command, 180, environment, [tool, works], ["failed"]))
+    return [[Step("sanitizer: does it work here", try_it, 60, needs=[tool])], stage]
 
 
 def micro(device: str, results: str) -> list[Stage]:
@@ -182,10 +189,12 @@ def training(device: str, results: str) -> list[Stage]:
 class Record:
     """What is known so far, written anew after each stage."""
 
-    def __init__(self, device: str, folder: Path) -> None:
+    def __init__(self, device: str, commit: str | None, folder: Path, log: Path) -> None:
         date = time.strftime("%Y%m%d")
         self.machine = gpu_report.machine(device)
+        self.machine["commit"] = commit or self.machine["commit"]
         self.results = str(folder / gpu_report.stem(self.machine, date))
+        self.log = log
         self.outcomes: list[Outcome] = []
         self.verdict = "unfinished"
         folder.mkdir(parents=True, exist_ok=True)
@@ -204,6 +213,10 @@ class Record:
         Path(f"{self.results}.json").write_text(json.dumps(document, indent=1) + "\n")
         text = gpu_report.markdown(self.machine, self.verdict, self.outcomes, files)
         Path(f"{self.results}.md").write_text(text)
+        with self.log.open("w") as out:
+            for outcome in self.outcomes:
+                out.write(f"==== {outcome.name}: {outcome.command}\n")
+                out.write(Path(outcome.log).read_text(errors="replace") if outcome.log else "")
 
     def _files(self) -> list[Path]:
         path = Path(self.results)
@@ -215,13 +228,12 @@ class Record:
         )
 
 
-def run_all(
-    record: Record, parts: Sequence[str], device: str, wheels: Path | None, logs: Path
-) -> str:
+def run_all(record: Record, parts: Sequence[str], device: str, wheels: Path | None) -> str:
     """The verdict."""
     deadline = time.monotonic() + BUDGET
-    shutil.rmtree(SITE, ignore_errors=True)
-    logs.mkdir(parents=True, exist_ok=True)
+    for folder in (SITE, LOGS):
+        shutil.rmtree(folder, ignore_errors=True)
+    LOGS.mkdir(parents=True)
     os.environ["PYTHONPATH"] = str(SITE)
     sys.path.append(str(SITE))  # for the versions of what the wheels bring
     workers = max(1, len(os.sched_getaffinity(0)) // 2)
@@ -235,7 +247,7 @@ def run_all(
     for part in ("build", *parts):
         print(f"== {part}", flush=True)
         for stage in plan[part]():
-            outcomes = run_stage(stage, logs, deadline, workers)
+            outcomes = run_stage(stage, LOGS, deadline, workers)
             record.outcomes += outcomes
             record.write()
             for step, outcome in zip(stage, outcomes, strict=True):
@@ -256,16 +268,18 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="installed beside the package")
     parser.add_argument("--out", type=Path, metavar="DIR", help="by default benchmarks/results")
+    parser.add_argument("--commit", help="of a copy of the tree without its repository")
     options = parser.parse_args()
     os.chdir(ROOT)
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("gpu.py: no GPU is here; --device cpu makes a dry run")
     dry = options.device == "cpu"
     default = ROOT / "build" / "gpu-results" if dry else ROOT / "benchmarks" / "results"
-    record = Record(options.device, (options.out or default).resolve())
-    logs = (options.out or ROOT / "build").resolve() / "gpu-logs"
+    log = (options.out or ROOT / "build").resolve() / "gpu.log"
+    folder = (options.out or default).resolve()
+    record = Record(options.device, options.commit, folder, log)
     parts = [part for part in PARTS if not options.only or part in options.only]
-    record.verdict = run_all(record, parts, options.device, options.wheels, logs)
+    record.verdict = run_all(record, parts, options.device, options.wheels)
     record.write()
     print(f"\n{record.verdict}\n{record.results}.md")
     raise SystemExit(record.verdict != "all passed")
