@@ -73,7 +73,11 @@ def markdown(
     lines += ["| step | outcome | seconds | |", "|---|---|---:|---|"]
     lines += [f"| {o.name} | {o.status} | {o.seconds:g} | {o.summary} |" for o in outcomes]
     for path in files:
-        document = json.loads(path.read_text())
+        try:
+            document = json.loads(path.read_text())
+        except ValueError:  # of a benchmark that was ended as it wrote
+            lines += ["", f"`{path.name}` is not whole."]
+            continue
         lines += _operators(document) if "benchmarks" in document else _training(path, document)
     for o in outcomes:
         if o.tail:
