@@ -179,7 +179,8 @@ def training(device: str, results: str) -> list[Stage]:
     ):
         command = [sys.executable, str(script), f"--device={device}", *arguments]
         command += [f"--json={results}-training-{name}.json"]
-        command += ["--quick"] if device == "cpu" else ["--models=roberta-base", "--tasks=mnli"]
+        whole = ["--models=roberta-base", "--tasks=mnli", "--turns=2", "--basis-steps=10"]
+        command += ["--quick"] if device == "cpu" else whole
         stages.append([Step(f"training: {name}", command, 150, environment, [script])])
         if device == "cpu":
             break
