@@ -65,8 +65,11 @@ __device__ __forceinline__ void copy_tile(
       depth_index = indices.first_depth + depth;
     }
     const int64_t offset = outer_index * x.outer_stride + depth_index * x.depth_stride;
-    const int left = kAlongDepth ? indices.n_depth - depth_index : x.outer_size - outer_index;
-    const int valid = taken ? (left < kVector ? left : kVector) : 0;
+    int valid = taken;
+    if constexpr (kVector > 1) {  // as many as there are to the end of the axis
+      const int left = kAlongDepth ? indices.n_depth - depth_index : x.outer_size - outer_index;
+      valid = taken ? (left < kVector ? left : kVector) : 0;
+    }
     copy_async<kVector * sizeof(T)>(
         tile + Layout::at(outer, depth), x.data + (taken ? offset : 0), valid * sizeof(T));
   }
