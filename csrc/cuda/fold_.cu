@@ -287,10 +287,35 @@ void fold_(
   });
 }
 
+// fold_, with W rounded up or down by chance.
+void fold_stochastic_(
+    const Tensor& weight, const std::optional<Tensor>& u, const std::optional<Tensor>& v,
+    const Tensor& indices, const Tensor& values, const Tensor& seed) {
+  check_fold(weight, u, v, indices, values);
+  STD_TORCH_CHECK(
+      weight.element_size() == 2, "with a seed, weight must be bfloat16 or float16, got ",
+      weight.scalar_type());
+  check_dtype("seed", seed, ScalarType::Long);
+  check_size("seed", seed.numel(), 1);
+  mark_written(weight);
+  if (values.size(0) == 0 || weight.numel() == 0) {
+    return;
+  }
+  const DeviceGuard on_device(weight.get_device_index());
+  const NoGrad no_grad;
+  const int64_t* const bits = static_cast<const int64_t*>(seed.const_data_ptr());
+  if (weight.scalar_type() == ScalarType::BFloat16) {
+    fold<BFloat16>(weight, u, v, indices, values, RoundStochastic<BFloat16>{bits});
+  } else {
+    fold<Half>(weight, u, v, indices, values, RoundStochastic<Half>{bits});
+  }
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparsegrad_kernels, CUDA, m) {
   m.impl("fold_", TORCH_BOX(&fold_));
+  m.impl("_fold_stochastic_", TORCH_BOX(&fold_stochastic_));
 }
 
 }  // namespace sparsegrad
