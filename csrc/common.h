@@ -1,5 +1,5 @@
-// What the CPU kernels share: matrices with strides, the bits of a magnitude, dtype dispatch,
-// threads, and loops compiled for the instruction set of the CPU they run on.
+// What the kernels share: matrices with strides, the bits of a magnitude, dtype dispatch; and the
+// CPU's threads, and loops compiled for the instruction set of the CPU they run on.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -81,21 +81,22 @@ void simd(const F& f) {
 // ---- Matrices ----
 
 // `T` is const where the matrix is only read. Strides are in elements, and may be 0.
+// constexpr is what nvcc lets device code call.
 template <class T>
 struct Matrix {
   T* data;
   int64_t rows, cols, row_stride, col_stride;
 
-  T* row(int64_t i) const {
+  constexpr T* row(int64_t i) const {
     return data + i * row_stride;
   }
-  T& operator()(int64_t i, int64_t j) const {
+  constexpr T& operator()(int64_t i, int64_t j) const {
     return data[i * row_stride + j * col_stride];
   }
-  Matrix transposed() const {
+  constexpr Matrix transposed() const {
     return {data, cols, rows, col_stride, row_stride};
   }
-  bool contiguous() const {
+  constexpr bool contiguous() const {
     return (col_stride == 1 || cols <= 1) && (row_stride == cols || rows <= 1);
   }
 };
@@ -165,7 +166,7 @@ using bits_t = std::conditional_t<
     std::conditional_t<sizeof(T) == 4, int32_t, int16_t>>;
 
 template <class Key>
-SPARSEGRAD_INLINE inline Key magnitude(Key bits) {
+SPARSEGRAD_INLINE constexpr Key magnitude(Key bits) {
   return bits & std::numeric_limits<Key>::max();
 }
 
@@ -253,7 +254,7 @@ class NoGrad {
 template <class... Args>
 Tensor call(const char* name, const char* overload, const Args&... args) {
   std::array<StableIValue, sizeof...(Args)> stack{torch::stable::detail::from(args)...};
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       torch_call_dispatcher(name, overload, stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }

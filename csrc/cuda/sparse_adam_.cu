@@ -1,0 +1,191 @@
+// m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,
+// p -= lr sqrt(1 - b2^step) / (1 - b1^step) m / (sqrt(v) + eps),   at the given entries.
+//
+// One thread for each entry. Neighbouring lanes take neighbouring entries, so where those are
+// adjacent in a row the hardware merges their loads and stores: wider ones per thread gain nothing.
+#include "common.cuh"
+
+namespace sparsegrad {
+namespace {
+
+constexpr int kThreads = 128;  // few, so that the entries of one layer reach all multiprocessors
+
+// lr sqrt(1 - b2^step) / (1 - b1^step), known to the host.
+struct HostStepSize {
+  double size;
+
+  __device__ double operator()() const {
+    return size;
+  }
+};
+
+// The same where step and lr are on the device. b^step = exp(step log b).
+template <class Step>
+struct DeviceStepSize {
+  const Step* step;
+  const float* lr;
+  double log_beta1, log_beta2;
+
+  __device__ double operator()() const {
+    const double n = static_cast<double>(*step);
+    return *lr * sqrt(-expm1(n * log_beta2)) / -expm1(n * log_beta1);
+  }
+};
+
+template <class T>
+struct State {
+  Matrix<T> param, exp_avg, exp_avg_sq;
+  Entries entries;
+  const T* values;
+  int64_t value_stride;
+  wide_t<T> weight1, weight2, eps;
+};
+
+// a + weight (b - a), from the nearer end, as torch.lerp.
+template <class W>
+__device__ W lerp(W a, W b, W weight) {
+  return weight < W(0.5) ? a + weight * (b - a) : b - (b - a) * (1 - weight);
+}
+
+template <class T, class StepSize>
+__global__ void __launch_bounds__(kThreads) update(State<T> state, StepSize step_size) {
+  using W = wide_t<T>;
+  // The device's step size takes the time of a load: one thread computes it while all load.
+  __shared__ W shared_size;
+  if (threadIdx.x == 0) {
+    shared_size = static_cast<W>(step_size());
+  }
+
+  const int64_t e = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  const bool inside = e < state.entries.indices.cols;
+  int64_t i = 0, j = 0;
+  W p = 0, m = 0, v = 0, g = 0;
+  if (inside) {
+    state.entries.load(e, i, j);
+    p = static_cast<W>(state.param(i, j));
+    m = static_cast<W>(state.exp_avg(i, j));
+    v = static_cast<W>(state.exp_avg_sq(i, j));
+    g = static_cast<W>(state.values[e * state.value_stride]);
+  }
+  __syncthreads();
+  if (!inside) {
+    return;
+  }
+
+  m = lerp(m, g, state.weight1);
+  v = lerp(v, g * g, state.weight2);
+  p -= shared_size * m / (sqrt(v) + state.eps);
+
+  state.param(i, j) = static_cast<T>(p);
+  state.exp_avg(i, j) = static_cast<T>(m);
+  state.exp_avg_sq(i, j) = static_cast<T>(v);
+}
+
+struct Arguments {
+  const Tensor &param, &exp_avg, &exp_avg_sq, &indices, &values;
+  double beta1, beta2, eps;
+};
+
+void check(const Arguments& a) {
+  check_matrix("param", a.param);
+  for (const auto& [name, t] : {std::pair{"exp_avg", &a.exp_avg}, {"exp_avg_sq", &a.exp_avg_sq}}) {
+    check_matrix(name, *t);
+    check_dtype(name, *t, a.param.scalar_type());
+    check_size(name, t->size(0), a.param.size(0));
+    check_size(name, t->size(1), a.param.size(1));
+    check_device(name, *t, a.param);
+  }
+  check_matrix("indices", a.indices);
+  check_dtype("indices", a.indices, ScalarType::Long);
+  check_device("indices", a.indices, a.param);
+  check_dtype("values", a.values, a.param.scalar_type());
+  STD_TORCH_CHECK(a.values.dim() == 1, "values must have 1 dimension, got ", a.values.dim());
+  check_device("values", a.values, a.param);
+  check_size("indices", a.indices.size(0), 2);
+  check_size("indices", a.indices.size(1), a.values.size(0));
+}
+
+template <class StepSize>
+void run(const Arguments& a, const StepSize& step_size) {
+  for (const Tensor* t : {&a.param, &a.exp_avg, &a.exp_avg_sq}) {
+    mark_written(*t);
+  }
+  const int64_t k = a.values.size(0);
+  if (k == 0) {
+    return;
+  }
+  const DeviceGuard guard(a.param.get_device_index());
+  const cudaStream_t stream = current_stream(a.param);
+  dispatch_float(a.param.scalar_type(), [&](auto t) {
+    using T = typename decltype(t)::type;
+    const State<T> state{
+        mutable_matrix<T>(a.param),
+        mutable_matrix<T>(a.exp_avg),
+        mutable_matrix<T>(a.exp_avg_sq),
+        {matrix<int64_t>(a.indices), a.param.size(0), a.param.size(1)},
+        static_cast<const T*>(a.values.const_data_ptr()),
+        a.values.stride(0),
+        static_cast<wide_t<T>>(1 - a.beta1),
+        static_cast<wide_t<T>>(1 - a.beta2),
+        static_cast<wide_t<T>>(a.eps)};
+    update<<<num_blocks(k, kThreads), kThreads, 0, stream>>>(state, step_size);
+    check_launch();
+  });
+}
+
+void sparse_adam_(
+    const Tensor& param,
+    const Tensor& exp_avg,
+    const Tensor& exp_avg_sq,
+    const Tensor& indices,
+    const Tensor& values,
+    int64_t step,
+    double lr,
+    double beta1,
+    double beta2,
+    double eps) {
+  const Arguments arguments{param, exp_avg, exp_avg_sq, indices, values, beta1, beta2, eps};
+  check(arguments);
+  const double bias1 = 1 - std::pow(beta1, step), bias2 = 1 - std::pow(beta2, step);
+  run(arguments, HostStepSize{lr * std::sqrt(bias2) / bias1});
+}
+
+void sparse_adam_tensor_step_(
+    const Tensor& param,
+    const Tensor& exp_avg,
+    const Tensor& exp_avg_sq,
+    const Tensor& indices,
+    const Tensor& values,
+    const Tensor& step,
+    const Tensor& lr,
+    double beta1,
+    double beta2,
+    double eps) {
+  const Arguments arguments{param, exp_avg, exp_avg_sq, indices, values, beta1, beta2, eps};
+  check(arguments);
+  for (const auto& [name, t] : {std::pair{"step", &step}, {"lr", &lr}}) {
+    check_device(name, *t, param);
+    check_size(name, t->numel(), 1);
+  }
+  check_dtype("lr", lr, ScalarType::Float);
+  const float* rate = static_cast<const float*>(lr.const_data_ptr());
+  const double log1 = std::log(beta1), log2 = std::log(beta2);
+  if (step.scalar_type() == ScalarType::Long) {
+    run(arguments, DeviceStepSize{static_cast<const int64_t*>(step.const_data_ptr()), rate, log1, log2});
+    return;
+  }
+  STD_TORCH_CHECK(
+      step.scalar_type() == ScalarType::Float,
+      "step must be float32 or int64, got ",
+      step.scalar_type());
+  run(arguments, DeviceStepSize{static_cast<const float*>(step.const_data_ptr()), rate, log1, log2});
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sparsegrad_kernels, CUDA, m) {
+  m.impl("sparse_adam_", TORCH_BOX(&sparse_adam_));
+  m.impl("_sparse_adam_tensor_step_", TORCH_BOX(&sparse_adam_tensor_step_));
+}
+
+}  // namespace sparsegrad
