@@ -8,7 +8,7 @@ namespace sparsegrad {
 // rows [b], cols [c], counts [2] of a [b, c], by the operator of that name.
 inline std::tuple<Tensor, Tensor, Tensor> compact_indices(const Tensor& a, double tol) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(tol)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
       "sparsegrad_kernels::compact_indices", "", stack.data(), TORCH_ABI_VERSION));
   return {
       torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1]),
@@ -29,6 +29,7 @@ inline void check_product(const Tensor& a, const Tensor& b) {
   check_sizes("b", b);
   check_dtype("b", b, a.scalar_type());
   check_size("b", b.size(0), a.size(1));
+  check_device("b", b, a);
 }
 
 }  // namespace sparsegrad

@@ -25,12 +25,11 @@ __global__ void add_entries(
     return;
   }
   const int64_t row = keys[first] / weight.cols, col = keys[first] % weight.cols;
-  T* const to = weight.data + row * weight.row_stride + col * weight.col_stride;
-  wide_t<T> sum = static_cast<wide_t<T>>(*to);
+  wide_t<T> sum = static_cast<wide_t<T>>(weight(row, col));
   for (int64_t e = first; e < n && keys[e] == keys[first]; ++e) {
     sum += static_cast<wide_t<T>>(values[positions[e] * value_stride]);
   }
-  *to = round(sum, keys[first]);
+  weight(row, col) = round(sum, keys[first]);
 }
 
 // ---- The sparse factor ----
@@ -144,7 +143,7 @@ void launch_sparse_times(
                        basis.cols % kVector == 0 &&
                        reinterpret_cast<uintptr_t>(basis.data) % 16 == 0;
   const int64_t width = kFactorThreads * (vectors ? kVector : 1);
-  const dim3 grid(max_groups, (basis.cols + width - 1) / width);
+  const dim3 grid(max_groups, num_blocks(basis.cols, width));
   const auto kernel = vectors ? sparse_times<T, kVector> : sparse_times<T, 1>;
   kernel<<<grid, kFactorThreads, 0, stream>>>(
       groups, entries.key(), entries.position(), values, value_stride, basis.rows, basis,
@@ -189,25 +188,23 @@ struct AddProduct {
 
 template <class T, class Round>
 void fold_in_basis(
-    const Tensor& weight, const Tensor& u, const Tensor& v, EntryIndices d, const T* values,
-    int64_t value_stride, const Round& round, cudaStream_t stream) {
-  const int64_t n_out = weight.size(0), n_in = weight.size(1), n = d.n;
+    const Tensor& weight, const Tensor& u, const Tensor& v, Matrix<const int64_t> indices,
+    const T* values, int64_t value_stride, const Round& round, cudaStream_t stream) {
+  const int64_t n_out = weight.size(0), n_in = weight.size(1), n = indices.cols;
   const int64_t max_cols = std::min(u.size(0), n), max_rows = std::min(v.size(0), n);
   const bool left_first = n * n_out + max_cols * n_in * n_out <= n * n_in + max_rows * n_in * n_out;
 
   // D's axis that is kept, and the basis of its other axis, by which it is multiplied.
   const Tensor &kept_basis = left_first ? u : v, &basis = left_first ? v : u;
-  d.outer = left_first ? 1 : 0;
-  d.outer_size = kept_basis.size(0);
-  d.inner_size = basis.size(0);
   const int64_t max_groups = left_first ? max_cols : max_rows;
-  const SortedEntries entries = sort_entries(weight, d, stream);
+  const SortedEntries entries =
+      sort_entries(weight, {indices, v.size(0), u.size(0)}, left_first, stream);
 
-  const Tensor room = torch::stable::new_empty(weight, {2 * max_groups + 2}, ScalarType::Int);
+  const Tensor room = empty_on(weight, 2 * max_groups + 2, ScalarType::Int);
   int32_t* const ints = static_cast<int32_t*>(room.mutable_data_ptr());
   const Groups groups{ints, ints + max_groups, ints + 2 * max_groups + 1};
   find_groups<<<1, kScanThreads, 0, stream>>>(
-      entries.key(), d.n, d.outer_size, d.inner_size, groups);
+      entries.key(), static_cast<int32_t>(n), kept_basis.size(0), basis.size(0), groups);
   check_launch();
 
   // [groups, width], its rows padded to 16 bytes
@@ -221,7 +218,7 @@ void fold_in_basis(
   launch_product<Multiply<T, true, true>>(
       weight, {.a = left_first ? made : kept,
                .b = left_first ? kept : made,
-               .depth_size = static_cast<int32_t>(d.outer_size),
+               .depth_size = static_cast<int32_t>(kept_basis.size(0)),
                .depths = groups.kept,
                .n_depths = groups.count},
       AddProduct<T, Round>{mutable_matrix<T>(weight), round});
@@ -235,17 +232,20 @@ void check_fold(
   check_sizes("weight", weight);
   check_matrix("indices", indices);
   check_dtype("indices", indices, ScalarType::Long);
+  check_device("indices", indices, weight);
   check_dtype("values", values, weight.scalar_type());
+  check_device("values", values, weight);
   STD_TORCH_CHECK(values.dim() == 1, "values must have 1 dimension, got ", values.dim());
   STD_TORCH_CHECK(values.size(0) < int64_t{1} << 31, "values must be fewer than 2^31");
   check_size("indices", indices.size(0), 2);
   check_size("indices", indices.size(1), values.size(0));
   STD_TORCH_CHECK(u.has_value() == v.has_value(), "u and v must both be given, or both be None");
   if (u.has_value()) {
-    check_sizes("u", *u);
-    check_sizes("v", *v);
-    check_dtype("u", *u, weight.scalar_type());
-    check_dtype("v", *v, weight.scalar_type());
+    for (const auto& [name, basis] : {std::pair{"u", &*u}, {"v", &*v}}) {
+      check_sizes(name, *basis);
+      check_dtype(name, *basis, weight.scalar_type());
+      check_device(name, *basis, weight);
+    }
     check_size("u", u->size(1), weight.size(1));
     check_size("v", v->size(1), weight.size(0));
   }
@@ -256,18 +256,16 @@ void fold(
     const Tensor& weight, const std::optional<Tensor>& u, const std::optional<Tensor>& v,
     const Tensor& indices, const Tensor& values, const Round& round) {
   const cudaStream_t stream = current_stream(weight);
-  const int32_t n = static_cast<int32_t>(values.size(0));
-  EntryIndices d{
-      static_cast<const int64_t*>(indices.const_data_ptr()), indices.stride(0), indices.stride(1), n,
-      0, weight.size(0), weight.size(1)};
+  const Matrix<const int64_t> entries = matrix<int64_t>(indices);
   const T* data = static_cast<const T*>(values.const_data_ptr());
   if (u.has_value()) {
-    return fold_in_basis<T>(weight, *u, *v, d, data, values.stride(0), round, stream);
+    return fold_in_basis<T>(weight, *u, *v, entries, data, values.stride(0), round, stream);
   }
-  const SortedEntries entries = sort_entries(weight, d, stream);
-  add_entries<T><<<(n + kEntryThreads - 1) / kEntryThreads, kEntryThreads, 0, stream>>>(
-      mutable_matrix<T>(weight), entries.key(), entries.position(), data, values.stride(0), n,
-      round);
+  const SortedEntries sorted =
+      sort_entries(weight, {entries, weight.size(0), weight.size(1)}, false, stream);
+  add_entries<T><<<num_blocks(entries.cols, kEntryThreads), kEntryThreads, 0, stream>>>(
+      mutable_matrix<T>(weight), sorted.key(), sorted.position(), data, values.stride(0),
+      static_cast<int32_t>(entries.cols), round);
   check_launch();
 }
 
@@ -297,6 +295,7 @@ void fold_stochastic_(
       weight.scalar_type());
   check_dtype("seed", seed, ScalarType::Long);
   check_size("seed", seed.numel(), 1);
+  check_device("seed", seed, weight);
   mark_written(weight);
   if (values.size(0) == 0 || weight.numel() == 0) {
     return;

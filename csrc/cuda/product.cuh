@@ -156,9 +156,9 @@ __global__ void __launch_bounds__(M::kThreads, kBlocksPerSm) product_kernel(
   epilogue.before(n_rows);
 
   // How the work is cut.
-  const int32_t col_tiles = (int64_t{n_cols} + M::kN - 1) / M::kN;
-  const int32_t tiles = (int64_t{n_rows} + M::kM - 1) / M::kM * col_tiles;
-  const int32_t steps = (int64_t{n_depths} + M::kK - 1) / M::kK;
+  const int32_t col_tiles = num_blocks(n_cols, M::kN);
+  const int32_t tiles = num_blocks(n_rows, M::kM) * col_tiles;
+  const int32_t steps = num_blocks(n_depths, M::kK);
   int32_t splits = 1;
   const int32_t blocks = gridDim.x;
   if (workspace.sums != nullptr && 0 < tiles && tiles <= blocks / 2) {
@@ -217,9 +217,8 @@ template <class M, class Epilogue>
 void launch_product(
     const Tensor& like, const Product<typename M::Element>& p, const Epilogue& epilogue) {
   using Sum = typename M::Sum;
-  const auto ceil_div = [](int64_t n, int64_t by) { return (n + by - 1) / by; };
-  const int64_t tiles = ceil_div(p.a.outer_size, M::kM) * ceil_div(p.b.outer_size, M::kN);
-  const int64_t max_splits = std::max<int64_t>(1, ceil_div(p.depth_size, M::kK) / kMinSteps);
+  const int64_t tiles = num_blocks(p.a.outer_size, M::kM) * num_blocks(p.b.outer_size, M::kN);
+  const int64_t max_splits = std::max<int64_t>(1, num_blocks(p.depth_size, M::kK) / kMinSteps);
   const int64_t blocks = std::min<int64_t>(
       tiles * max_splits, int64_t{kBlocksPerSm} * multiprocessors(like));
 
