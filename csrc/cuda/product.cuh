@@ -59,8 +59,8 @@ __device__ __forceinline__ void accumulate(
   const bool rows_whole = p.rows == nullptr || n_rows == p.a.outer_size;
   const bool depths_whole = p.depths == nullptr || n_depths == p.depth_size;
 
-  const auto depth_id = [&](int64_t k) {
-    return k >= end ? -1 : p.depths == nullptr ? static_cast<int32_t>(k) : p.depths[k];
+  const auto depth_id = [&](int32_t k) {
+    return k >= end ? -1 : p.depths == nullptr ? k : p.depths[k];
   };
   const auto load = [&](int step) {
     const int slot = step % kStages;
@@ -74,35 +74,33 @@ __device__ __forceinline__ void accumulate(
 
   const int steps = (end - begin + M::kK - 1) / M::kK;
   for (int i = thread; i < kStages * M::kK; i += M::kThreads) {
-    depth_ids[i / M::kK][i % M::kK] = depth_id(int64_t{begin} + i);
+    depth_ids[i / M::kK][i % M::kK] = depth_id(begin + i);
   }
-  // What `thread` puts into depth_ids for the step after the next that is loaded.
+  // What this thread puts into depth_ids, a step before it is needed.
   int32_t next_id = -1;
   if (thread < M::kK) {
-    next_id = depth_id(int64_t{begin} + kStages * M::kK + thread);
+    next_id = depth_id(begin + kStages * M::kK + thread);
   }
   __syncthreads();
-#pragma unroll
-  for (int step = 0; step < kStages - 1; ++step) {
-    if (step < steps) {
-      load(step);
-    }
-    copies_commit();
-  }
-  for (int step = 0; step < steps; ++step) {
-    copies_wait<kStages - 2>();
-    __syncthreads();
+#pragma unroll 1
+  for (int step = 1 - kStages; step < steps; ++step) {  // step < 0: the pipeline is being filled
     const int ahead = step + kStages - 1;
+    if (step >= 0) {
+      copies_wait<kStages - 2>();
+      __syncthreads();
+    }
     if (ahead < steps) {
       load(ahead);
-      if (thread < M::kK) {
+      if (step >= 0 && thread < M::kK) {
         depth_ids[(ahead + 1) % kStages][thread] = next_id;
-        next_id = depth_id(int64_t{begin} + int64_t{ahead + 2} * M::kK + thread);
+        next_id = depth_id(begin + (ahead + 2) * M::kK + thread);
       }
     }
     copies_commit();
-    const int slot = step % kStages;
-    M::multiply(a_tiles + slot * kSizeA, b_tiles + slot * kSizeB, acc);
+    if (step >= 0) {
+      const int slot = step % kStages;
+      M::multiply(a_tiles + slot * kSizeA, b_tiles + slot * kSizeB, acc);
+    }
   }
   copies_wait<0>();
 }

@@ -52,8 +52,7 @@ __device__ __forceinline__ void copy_tile(
   constexpr int kAlong = (kAlongDepth ? kDepth : kOuter) / kVector;
   constexpr int kCopies = kOuter * kDepth / kVector;
   static_assert(kCopies % kThreads == 0);
-  // cp.async does not wait for what it copies; a load into a register does.
-  constexpr int kUnroll = kVector > 1 ? kCopies / kThreads : sizeof(T) == 2 ? 2 : 1;
+  constexpr int kUnroll = kVector > 1 ? kCopies / kThreads : 1;
 #pragma unroll(kUnroll)
   for (int i = threadIdx.x; i < kCopies; i += kThreads) {
     const int along = i % kAlong * kVector, across = i / kAlong;
