@@ -1,0 +1,320 @@
+// W += V^T D U  for sparse D with nonzero rows R and columns C (design 2.2).
+//
+// (V^T D) U  costs  n out + |C| in out  multiply-adds,  V^T (D U)  n in + |R| in out.
+// Either way the sparse factor is multiplied first, into the side it shrinks; then the dense
+// product of the two sides is added to W. Without U and V the entries are added as they are.
+//
+// Entries are sorted first, so sums have one order and bits do not vary. |C| and |R| are known on
+// the device only: the way is chosen by what they are at most.
+#include "entries.cuh"
+#include "product.cuh"
+#include "round.cuh"
+
+namespace sparsegrad {
+namespace {
+
+// ---- Without a basis ----
+
+// The first of the entries for an element of W adds all of them.
+template <class T, class Round>
+__global__ void add_entries(
+    Matrix<T> weight, const int64_t* __restrict__ keys, const int32_t* __restrict__ positions,
+    const T* __restrict__ values, int64_t value_stride, int32_t n, Round round) {
+  const int64_t first = int64_t{blockIdx.x} * kEntryThreads + threadIdx.x;
+  if (first >= n || (first > 0 && keys[first] == keys[first - 1])) {
+    return;
+  }
+  const int64_t row = keys[first] / weight.cols, col = keys[first] % weight.cols;
+  wide_t<T> sum = static_cast<wide_t<T>>(weight(row, col));
+  for (int64_t e = first; e < n && keys[e] == keys[first]; ++e) {
+    sum += static_cast<wide_t<T>>(values[positions[e] * value_stride]);
+  }
+  weight(row, col) = round(sum, keys[first]);
+}
+
+// ---- The sparse factor ----
+
+constexpr int kScanThreads = 1024;
+
+// The entries of D by groups of equal outer index: group g has outer index kept[g] and entries
+// [begins[g], begins[g + 1]).
+struct Groups {
+  int32_t *kept, *begins, *count;
+};
+
+__device__ int32_t lower_bound(const int64_t* keys, int32_t n, int64_t key) {
+  int32_t low = 0, high = n;
+  while (low < high) {
+    const int32_t middle = low + (high - low) / 2;
+    if (keys[middle] < key) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// One block. `outer_size`, `inner_size`: the shape of D in the order of its keys.
+__global__ void __launch_bounds__(kScanThreads) find_groups(
+    const int64_t* __restrict__ keys, int32_t n, int64_t outer_size, int64_t inner_size,
+    Groups groups) {
+  using Scan = cub::BlockScan<int32_t, kScanThreads>;
+  __shared__ typename Scan::TempStorage room;
+  int32_t count = 0;
+  for (int64_t base = 0; base < outer_size; base += kScanThreads) {
+    const int64_t outer = base + threadIdx.x;
+    const int32_t begin = lower_bound(keys, n, outer * inner_size);
+    const bool holds = outer < outer_size && begin < n && keys[begin] < (outer + 1) * inner_size;
+    int32_t before, found;
+    Scan(room).ExclusiveSum(static_cast<int32_t>(holds), before, found);
+    __syncthreads();
+    if (holds) {
+      groups.kept[count + before] = static_cast<int32_t>(outer);
+      groups.begins[count + before] = begin;
+    }
+    count += found;
+  }
+  if (threadIdx.x == 0) {
+    groups.begins[count] = n;
+    *groups.count = count;
+  }
+}
+
+constexpr int kFactorThreads = 128;
+
+// out[g, j] = sum over the entries of group g of value * basis[inner, j]; kVector columns a thread.
+template <class T, int kVector>
+__global__ void __launch_bounds__(kFactorThreads) sparse_times(
+    Groups groups, const int64_t* __restrict__ keys, const int32_t* __restrict__ positions,
+    const T* __restrict__ values, int64_t value_stride, int64_t inner_size, Matrix<const T> basis,
+    T* __restrict__ out, int64_t out_stride) {
+  using Wide = wide_t<T>;
+  struct alignas(kVector * sizeof(T)) Vector {
+    T at[kVector];
+  };
+  __shared__ int32_t inner[kFactorThreads];
+  __shared__ Wide value[kFactorThreads];
+  const int32_t group = blockIdx.x;
+  if (group >= *groups.count) {
+    return;
+  }
+  const int64_t col = (int64_t{blockIdx.y} * kFactorThreads + threadIdx.x) * kVector;
+  const int64_t first_key = groups.kept[group] * inner_size;
+  const int32_t end = groups.begins[group + 1];
+  Wide sum[kVector] = {};
+  for (int32_t begin = groups.begins[group]; begin < end; begin += kFactorThreads) {
+    const int32_t together = min(end - begin, kFactorThreads);
+    __syncthreads();
+    if (threadIdx.x < together) {
+      const int32_t e = begin + threadIdx.x;
+      inner[threadIdx.x] = static_cast<int32_t>(keys[e] - first_key);
+      value[threadIdx.x] = static_cast<Wide>(values[positions[e] * value_stride]);
+    }
+    __syncthreads();
+    if (col < basis.cols) {
+#pragma unroll 4
+      for (int i = 0; i < together; ++i) {
+        const T* from = basis.data + inner[i] * basis.row_stride + col * basis.col_stride;
+        const Vector row = *reinterpret_cast<const Vector*>(from);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          sum[j] += value[i] * static_cast<Wide>(row.at[j]);
+        }
+      }
+    }
+  }
+  if (col < basis.cols) {
+    Vector rounded;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      rounded.at[j] = static_cast<T>(sum[j]);
+    }
+    *reinterpret_cast<Vector*>(out + group * out_stride + col) = rounded;
+  }
+}
+
+template <class T>
+void launch_sparse_times(
+    const Groups& groups, int64_t max_groups, const SortedEntries& entries, const T* values,
+    int64_t value_stride, Matrix<const T> basis, const Tensor& out, cudaStream_t stream) {
+  constexpr int kVector = 16 / sizeof(T);
+  const bool vectors = basis.col_stride == 1 && basis.row_stride % kVector == 0 &&
+                       basis.cols % kVector == 0 &&
+                       reinterpret_cast<uintptr_t>(basis.data) % 16 == 0;
+  const int64_t width = kFactorThreads * (vectors ? kVector : 1);
+  const dim3 grid(max_groups, num_blocks(basis.cols, width));
+  const auto kernel = vectors ? sparse_times<T, kVector> : sparse_times<T, 1>;
+  kernel<<<grid, kFactorThreads, 0, stream>>>(
+      groups, entries.key(), entries.position(), values, value_stride, basis.rows, basis,
+      static_cast<T*>(out.mutable_data_ptr()), out.stride(0));
+  check_launch();
+}
+
+// ---- The dense product ----
+
+// The epilogue that adds a product to W.
+template <class T, class Round>
+struct AddProduct {
+  Matrix<T> weight;
+  Round round;
+
+  __device__ void before(int32_t) const {}
+
+  __device__ T* at(T* data, int32_t row, int32_t col) const {
+    return data + row * weight.row_stride + col * weight.col_stride;
+  }
+
+  template <class Visit>
+  __device__ void operator()(const Visit& visit) const {
+    // All is read before any is written, so that the reads need not wait for one another.
+    visit([&](int32_t row, int32_t col, auto& value, auto& next, bool has_next) {
+      value += static_cast<wide_t<T>>(*at(weight.data, row, col));
+      if (has_next) {
+        next += static_cast<wide_t<T>>(*at(weight.data, row, col + 1));
+      }
+    });
+    T* data = weight.data;
+    asm volatile("" : "+l"(data));  // or the addresses would be kept for the writes: too many
+    visit([&](int32_t row, int32_t col, auto value, auto next, bool has_next) {
+      const int64_t element = row * weight.cols + col;
+      *at(data, row, col) = round(value, element);
+      if (has_next) {
+        *at(data, row, col + 1) = round(next, element + 1);
+      }
+    });
+  }
+};
+
+template <class T, class Round>
+void fold_in_basis(
+    const Tensor& weight, const Tensor& u, const Tensor& v, Matrix<const int64_t> indices,
+    const T* values, int64_t value_stride, const Round& round, cudaStream_t stream) {
+  const int64_t n_out = weight.size(0), n_in = weight.size(1), n = indices.cols;
+  const int64_t max_cols = std::min(u.size(0), n), max_rows = std::min(v.size(0), n);
+  const bool left_first = n * n_out + max_cols * n_in * n_out <= n * n_in + max_rows * n_in * n_out;
+
+  // D's axis that is kept, and the basis of its other axis, by which it is multiplied.
+  const Tensor &kept_basis = left_first ? u : v, &basis = left_first ? v : u;
+  const int64_t max_groups = left_first ? max_cols : max_rows;
+  const SortedEntries entries =
+      sort_entries(weight, {indices, v.size(0), u.size(0)}, left_first, stream);
+
+  const Tensor room = empty_on(weight, 2 * max_groups + 2, ScalarType::Int);
+  int32_t* const ints = static_cast<int32_t*>(room.mutable_data_ptr());
+  const Groups groups{ints, ints + max_groups, ints + 2 * max_groups + 1};
+  find_groups<<<1, kScanThreads, 0, stream>>>(
+      entries.key(), static_cast<int32_t>(n), kept_basis.size(0), basis.size(0), groups);
+  check_launch();
+
+  // [groups, width], its rows padded to 16 bytes
+  const int64_t width = basis.size(1), pitch = (width + 7) / 8 * 8;
+  Tensor factor = torch::stable::new_empty(weight, {max_groups, pitch});
+  factor = torch::stable::narrow(factor, 1, 0, width);
+  launch_sparse_times<T>(
+      groups, max_groups, entries, values, value_stride, matrix<T>(basis), factor, stream);
+
+  const Operand<T> made = operand<T>(factor, 1, false), kept = operand<T>(kept_basis, 1, true);
+  launch_product<Multiply<T, true, true>>(
+      weight, {.a = left_first ? made : kept,
+               .b = left_first ? kept : made,
+               .depth_size = static_cast<int32_t>(kept_basis.size(0)),
+               .depths = groups.kept,
+               .n_depths = groups.count},
+      AddProduct<T, Round>{mutable_matrix<T>(weight), round});
+}
+
+// ---- The operators ----
+
+void check_fold(
+    const Tensor& weight, const std::optional<Tensor>& u, const std::optional<Tensor>& v,
+    const Tensor& indices, const Tensor& values) {
+  check_sizes("weight", weight);
+  check_matrix("indices", indices);
+  check_dtype("indices", indices, ScalarType::Long);
+  check_device("indices", indices, weight);
+  check_dtype("values", values, weight.scalar_type());
+  check_device("values", values, weight);
+  STD_TORCH_CHECK(values.dim() == 1, "values must have 1 dimension, got ", values.dim());
+  STD_TORCH_CHECK(values.size(0) < int64_t{1} << 31, "values must be fewer than 2^31");
+  check_size("indices", indices.size(0), 2);
+  check_size("indices", indices.size(1), values.size(0));
+  STD_TORCH_CHECK(u.has_value() == v.has_value(), "u and v must both be given, or both be None");
+  if (u.has_value()) {
+    for (const auto& [name, basis] : {std::pair{"u", &*u}, {"v", &*v}}) {
+      check_sizes(name, *basis);
+      check_dtype(name, *basis, weight.scalar_type());
+      check_device(name, *basis, weight);
+    }
+    check_size("u", u->size(1), weight.size(1));
+    check_size("v", v->size(1), weight.size(0));
+  }
+}
+
+template <class T, class Round>
+void fold(
+    const Tensor& weight, const std::optional<Tensor>& u, const std::optional<Tensor>& v,
+    const Tensor& indices, const Tensor& values, const Round& round) {
+  const cudaStream_t stream = current_stream(weight);
+  const Matrix<const int64_t> entries = matrix<int64_t>(indices);
+  const T* data = static_cast<const T*>(values.const_data_ptr());
+  if (u.has_value()) {
+    return fold_in_basis<T>(weight, *u, *v, entries, data, values.stride(0), round, stream);
+  }
+  const SortedEntries sorted =
+      sort_entries(weight, {entries, weight.size(0), weight.size(1)}, false, stream);
+  add_entries<T><<<num_blocks(entries.cols, kEntryThreads), kEntryThreads, 0, stream>>>(
+      mutable_matrix<T>(weight), sorted.key(), sorted.position(), data, values.stride(0),
+      static_cast<int32_t>(entries.cols), round);
+  check_launch();
+}
+
+void fold_(
+    const Tensor& weight, const std::optional<Tensor>& u, const std::optional<Tensor>& v,
+    const Tensor& indices, const Tensor& values) {
+  check_fold(weight, u, v, indices, values);
+  mark_written(weight);
+  if (values.size(0) == 0 || weight.numel() == 0) {
+    return;
+  }
+  const DeviceGuard on_device(weight.get_device_index());
+  const NoGrad no_grad;
+  dispatch_float(weight.scalar_type(), [&](auto t) {
+    using T = typename decltype(t)::type;
+    fold<T>(weight, u, v, indices, values, RoundNearest<T>{});
+  });
+}
+
+// fold_, with W rounded up or down by chance.
+void fold_stochastic_(
+    const Tensor& weight, const std::optional<Tensor>& u, const std::optional<Tensor>& v,
+    const Tensor& indices, const Tensor& values, const Tensor& seed) {
+  check_fold(weight, u, v, indices, values);
+  STD_TORCH_CHECK(
+      weight.element_size() == 2, "with a seed, weight must be bfloat16 or float16, got ",
+      weight.scalar_type());
+  check_dtype("seed", seed, ScalarType::Long);
+  check_size("seed", seed.numel(), 1);
+  check_device("seed", seed, weight);
+  mark_written(weight);
+  if (values.size(0) == 0 || weight.numel() == 0) {
+    return;
+  }
+  const DeviceGuard on_device(weight.get_device_index());
+  const NoGrad no_grad;
+  const int64_t* const bits = static_cast<const int64_t*>(seed.const_data_ptr());
+  if (weight.scalar_type() == ScalarType::BFloat16) {
+    fold<BFloat16>(weight, u, v, indices, values, RoundStochastic<BFloat16>{bits});
+  } else {
+    fold<Half>(weight, u, v, indices, values, RoundStochastic<Half>{bits});
+  }
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(sparsegrad_kernels, CUDA, m) {
+  m.impl("fold_", TORCH_BOX(&fold_));
+  m.impl("_fold_stochastic_", TORCH_BOX(&fold_stochastic_));
+}
+
+}  // namespace sparsegrad

@@ -1,0 +1,240 @@
+// C[m, n] = sum_k A[rows[m], depths[k]] B[n, depths[k]]  with rows, depths and their counts on the
+// device, where compact_indices left them: the host never waits for them.
+//
+// Blocks go over the tiles of C. Each tile's operands are gathered straight into shared memory,
+// kStages steps ahead of the multiplication. Where there are fewer tiles than blocks, several
+// blocks share a tile's depth, and the last of them to finish adds their sums, always in the same
+// order. What is done with the sums is the epilogue's affair: it has
+//
+//   before(n_rows)     called by every block once, and
+//   operator()(visit)  called per tile by all its threads: visit(f) calls, for all of the thread's
+//                      sums, f(row, col, value, next, has_next) with references to those at
+//                      [row, col] and [row, col + 1], row being the original one, rows[m].
+#pragma once
+
+#include <algorithm>
+
+#include "compacted.cuh"
+#include "multiply.cuh"
+
+namespace sparsegrad {
+
+constexpr int kStages = 4;       // a power of 2
+constexpr int kMinSteps = 8;     // of depth that are worth a block of their own
+constexpr int kBlocksPerSm = 2;
+
+template <class T>
+struct Product {
+  Operand<T> a, b;
+  int32_t depth_size;
+  // Kept outer indices of A and kept depths, ascending; null: all.
+  const int32_t* rows = nullptr;
+  const int32_t* depths = nullptr;
+  // Their counts on the device; null: outer_size, depth_size.
+  const int32_t* n_rows = nullptr;
+  const int32_t* n_depths = nullptr;
+  // Where given, and 0 on the device, nothing is done.
+  const int32_t* active = nullptr;
+};
+
+// For depths that several blocks share: a tile of sums per block, and per tile the blocks done.
+template <class Sum>
+struct Workspace {
+  Sum* sums;
+  int32_t* done;
+};
+
+// The sums of the depths [begin, end) of a tile.
+template <class M>
+__device__ __forceinline__ void accumulate(
+    const Product<typename M::Element>& p, const int32_t* a_outer, const int32_t* b_outer,
+    int32_t begin, int32_t end, int32_t n_rows, int32_t n_depths, typename M::Accumulator& acc) {
+  using T = typename M::Element;
+  constexpr int kSizeA = M::LayoutA::kSize, kSizeB = M::LayoutB::kSize;
+  extern __shared__ uint4 shared_memory[];
+  __shared__ int32_t depth_ids[kStages][M::kK];
+  T* const a_tiles = reinterpret_cast<T*>(shared_memory);
+  T* const b_tiles = a_tiles + kStages * kSizeA;
+  const int thread = threadIdx.x;
+  const bool rows_whole = p.rows == nullptr || n_rows == p.a.outer_size;
+  const bool depths_whole = p.depths == nullptr || n_depths == p.depth_size;
+
+  const auto depth_id = [&](int32_t k) {
+    return k >= end ? -1 : p.depths == nullptr ? k : p.depths[k];
+  };
+  const auto load = [&](int step) {
+    const int slot = step % kStages;
+    TileIndices indices{a_outer, depth_ids[slot], begin + step * M::kK, n_depths};
+    load_tile<typename M::LayoutA, M::kM, M::kK, M::kThreads>(
+        a_tiles + slot * kSizeA, p.a, indices, rows_whole, depths_whole);
+    indices.outer = b_outer;
+    load_tile<typename M::LayoutB, M::kN, M::kK, M::kThreads>(
+        b_tiles + slot * kSizeB, p.b, indices, true, depths_whole);
+  };
+
+  const int steps = (end - begin + M::kK - 1) / M::kK;
+  for (int i = thread; i < kStages * M::kK; i += M::kThreads) {
+    depth_ids[i / M::kK][i % M::kK] = depth_id(begin + i);
+  }
+  // What this thread puts into depth_ids, a step before it is needed.
+  int32_t next_id = -1;
+  if (thread < M::kK) {
+    next_id = depth_id(begin + kStages * M::kK + thread);
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int step = 1 - kStages; step < steps; ++step) {  // step < 0: the pipeline is being filled
+    const int ahead = step + kStages - 1;
+    if (step >= 0) {
+      copies_wait<kStages - 2>();
+      __syncthreads();
+    }
+    if (ahead < steps) {
+      load(ahead);
+      if (step >= 0 && thread < M::kK) {
+        depth_ids[(ahead + 1) % kStages][thread] = next_id;
+        next_id = depth_id(begin + (ahead + 2) * M::kK + thread);
+      }
+    }
+    copies_commit();
+    if (step >= 0) {
+      const int slot = step % kStages;
+      M::multiply(a_tiles + slot * kSizeA, b_tiles + slot * kSizeB, acc);
+    }
+  }
+  copies_wait<0>();
+}
+
+// Leave this block's sums for the others of its tile. The last of them gets all: true.
+template <class M>
+__device__ __forceinline__ bool add_splits(
+    const Workspace<typename M::Sum>& workspace, int tile, int split, int splits,
+    typename M::Accumulator& acc) {
+  constexpr int kTile = M::kSums * M::kThreads;
+  __shared__ bool is_last;
+  typename M::Sum* const sums = workspace.sums + int64_t{tile} * splits * kTile + threadIdx.x;
+#pragma unroll
+  for (int i = 0; i < M::kSums; ++i) {
+    sums[int64_t{split} * kTile + i * M::kThreads] = acc.sum(i);
+  }
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    is_last = atomicAdd(workspace.done + tile, 1) == splits - 1;
+  }
+  __syncthreads();
+  if (!is_last) {
+    return false;
+  }
+  __threadfence();
+#pragma unroll
+  for (int i = 0; i < M::kSums; ++i) {
+    acc.sum(i) = 0;
+  }
+  for (int s = 0; s < splits; ++s) {
+#pragma unroll
+    for (int i = 0; i < M::kSums; ++i) {
+      acc.sum(i) += __ldcg(sums + int64_t{s} * kTile + i * M::kThreads);
+    }
+  }
+  return true;
+}
+
+template <class M, class Epilogue>
+__global__ void __launch_bounds__(M::kThreads, kBlocksPerSm) product_kernel(
+    const Product<typename M::Element> p, const Workspace<typename M::Sum> workspace,
+    const Epilogue epilogue) {
+  __shared__ int32_t a_outer[M::kM], b_outer[M::kN];
+  if (p.active != nullptr && *p.active == 0) {
+    return;
+  }
+  const int32_t n_rows = p.n_rows == nullptr ? p.a.outer_size : *p.n_rows;
+  const int32_t n_depths = p.n_depths == nullptr ? p.depth_size : *p.n_depths;
+  const int32_t n_cols = p.b.outer_size;
+  epilogue.before(n_rows);
+
+  // How the work is cut.
+  const int32_t col_tiles = num_blocks(n_cols, M::kN);
+  const int32_t tiles = num_blocks(n_rows, M::kM) * col_tiles;
+  const int32_t steps = num_blocks(n_depths, M::kK);
+  int32_t splits = 1;
+  const int32_t blocks = gridDim.x;
+  if (workspace.sums != nullptr && 0 < tiles && tiles <= blocks / 2) {
+    splits = max(1, min(blocks / tiles, steps / kMinSteps));
+  }
+  const int32_t steps_per_split = (steps + splits - 1) / splits;
+
+  for (int32_t item = blockIdx.x; item < tiles * splits; item += blocks) {
+    const int32_t tile = item / splits, split = item % splits;
+    const int32_t m0 = tile / col_tiles * M::kM, n0 = tile % col_tiles * M::kN;
+    __syncthreads();  // the last tile's indices have been used
+    for (int i = threadIdx.x; i < M::kM; i += M::kThreads) {
+      a_outer[i] = m0 + i >= n_rows ? -1 : p.rows == nullptr ? m0 + i : p.rows[m0 + i];
+    }
+    for (int i = threadIdx.x; i < M::kN; i += M::kThreads) {
+      b_outer[i] = n0 + i < n_cols ? n0 + i : -1;
+    }
+
+    typename M::Accumulator acc;
+    const int32_t begin = min(split * steps_per_split, steps) * M::kK;
+    const int32_t end = min(begin + steps_per_split * M::kK, n_depths);
+    accumulate<M>(p, a_outer, b_outer, begin, end, n_rows, n_depths, acc);
+    if (splits > 1 && !add_splits<M>(workspace, tile, split, splits, acc)) {
+      continue;
+    }
+    epilogue([&](const auto& f) {
+      M::for_pairs(acc, [&](int m, int n, auto& value, auto& next) {
+        const int32_t row = a_outer[m], col = n0 + n;
+        if (row >= 0 && col < n_cols) {
+          f(row, col, value, next, col + 1 < n_cols);
+        }
+      });
+    });
+  }
+}
+
+// The operand of which axis `outer` of the matrix t is the outer one.
+template <class T>
+Operand<T> operand(const Tensor& t, int outer, bool gather_depth) {
+  constexpr int64_t kVector = 16 / sizeof(T);
+  const int64_t outer_stride = t.stride(outer), depth_stride = t.stride(1 - outer);
+  const T* data = static_cast<const T*>(t.const_data_ptr());
+  const bool aligned = reinterpret_cast<uintptr_t>(data) % 16 == 0;
+  return {
+      data,
+      outer_stride,
+      depth_stride,
+      static_cast<int32_t>(t.size(outer)),
+      gather_depth,
+      aligned && outer_stride == 1 && depth_stride % kVector == 0,
+      aligned && depth_stride == 1 && outer_stride % kVector == 0};
+}
+
+// `like`: a tensor on the device. Nothing of the product may be empty.
+template <class M, class Epilogue>
+void launch_product(
+    const Tensor& like, const Product<typename M::Element>& p, const Epilogue& epilogue) {
+  using Sum = typename M::Sum;
+  const int64_t tiles = num_blocks(p.a.outer_size, M::kM) * num_blocks(p.b.outer_size, M::kN);
+  const int64_t max_splits = std::max<int64_t>(1, num_blocks(p.depth_size, M::kK) / kMinSteps);
+  const int64_t blocks = std::min<int64_t>(
+      tiles * max_splits, int64_t{kBlocksPerSm} * multiprocessors(like));
+
+  // Tiles may be few though the host counts many: what is kept is known on the device only.
+  Workspace<Sum> workspace{};
+  Tensor sums, done;
+  if (max_splits > 1) {
+    sums = empty_on(like, blocks * M::kSums * M::kThreads, dtype_of<Sum>);
+    done = zeros_on(like, blocks, ScalarType::Int);
+    workspace.sums = static_cast<Sum*>(sums.mutable_data_ptr());
+    workspace.done = static_cast<int32_t*>(done.mutable_data_ptr());
+  }
+  constexpr int kBytes =
+      kStages * (M::LayoutA::kSize + M::LayoutB::kSize) * sizeof(typename M::Element);
+  const auto kernel = product_kernel<M, Epilogue>;
+  check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
+  kernel<<<blocks, M::kThreads, kBytes, current_stream(like)>>>(p, workspace, epilogue);
+  check_launch();
+}
+
+}  // namespace sparsegrad

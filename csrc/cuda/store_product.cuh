@@ -1,0 +1,81 @@
+// The epilogue that stores a product, with zeros in the rows that were left out of it.
+#pragma once
+
+#include "product.cuh"
+
+namespace sparsegrad {
+
+template <class T>
+struct StoreProduct {
+  T* out;  // [n_out_rows, n_cols], contiguous
+  int32_t n_out_rows, n_cols;
+  const int32_t* rows;  // kept, ascending
+
+  __device__ bool is_kept(int32_t row, int32_t n_rows) const {
+    int32_t low = 0, high = n_rows;
+    while (low < high) {
+      const int32_t middle = low + (high - low) / 2;
+      if (rows[middle] < row) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return low < n_rows && rows[low] == row;
+  }
+
+  // A warp per row, over the whole grid.
+  __device__ void before(int32_t n_rows) const {
+    if (n_rows == n_out_rows) {
+      return;
+    }
+    const int64_t n_warps = int64_t{gridDim.x} * (blockDim.x / 32);
+    for (int64_t row = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32; row < n_out_rows;
+         row += n_warps) {
+      if (!is_kept(row, n_rows)) {
+        for (int32_t col = threadIdx.x % 32; col < n_cols; col += 32) {
+          out[row * n_cols + col] = static_cast<T>(0.0f);
+        }
+      }
+    }
+  }
+
+  template <class Visit>
+  __device__ void operator()(const Visit& visit) const {
+    struct alignas(2 * sizeof(T)) Pair {
+      T first, second;
+    };
+    visit([&](int32_t row, int32_t col, auto value, auto next, bool has_next) {
+      T* to = out + int64_t{row} * n_cols + col;
+      if (n_cols % 2 == 0) {
+        *reinterpret_cast<Pair*>(to) = {static_cast<T>(value), static_cast<T>(next)};
+        return;
+      }
+      to[0] = static_cast<T>(value);
+      if (has_next) {
+        to[1] = static_cast<T>(next);
+      }
+    });
+  }
+};
+
+// out[rows] = the product, the other rows 0.
+template <class T>
+void store_product(const Tensor& out, const Product<T>& p) {
+  const StoreProduct<T> epilogue{
+      static_cast<T*>(out.mutable_data_ptr()), static_cast<int32_t>(out.size(0)),
+      static_cast<int32_t>(out.size(1)), p.rows};
+  if constexpr (sizeof(T) > 2) {
+    return launch_product<Multiply<T, true, true>>(out, p, epilogue);
+  } else if (p.a.depth_stride == 1) {
+    if (p.b.depth_stride == 1) {
+      return launch_product<Multiply<T, false, false>>(out, p, epilogue);
+    }
+    return launch_product<Multiply<T, false, true>>(out, p, epilogue);
+  } else if (p.b.depth_stride == 1) {
+    return launch_product<Multiply<T, true, false>>(out, p, epilogue);
+  }
+  return launch_product<Multiply<T, true, true>>(out, p, epilogue);
+}
+
+}  // namespace sparsegrad
