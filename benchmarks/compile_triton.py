@@ -111,8 +111,8 @@ def usage(compiled: Any) -> Usage:
         fields = dict(re.findall(r"^\s*\.(\w+):\s+(\d+)$", assembly, re.MULTILINE))
         # gfx942 has accumulation registers in the same file; `vgpr_count` counts both.
         registers, stack = int(fields["vgpr_count"]), int(fields["private_segment_fixed_size"])
-        spilled = int(fields["vgpr_spill_count"]) + int(fields["sgpr_spill_count"])
-        stack = max(stack, 4 * spilled)  # also where they go to other registers
+        # Scalar registers that do not fit go to lanes of vector registers, not to memory.
+        stack = max(stack, 4 * int(fields["vgpr_spill_count"]))
     metadata = compiled.metadata
     return Usage(registers, stack, metadata.shared, getattr(metadata, "tmem_size", 0) or 0)
 
