@@ -6,11 +6,13 @@
 #include <cstdint>
 #include <limits>
 
+#define SPARSEGRAD_INLINE __attribute__((always_inline))  // as in common.h
+
 namespace sparsegrad {
 
 // `bits` are the bits of floats of which `infinity` is infinity; all NaNs are equal and above it.
 template <class Key>
-constexpr Key rank_of(Key bits, Key infinity) {
+SPARSEGRAD_INLINE constexpr Key rank_of(Key bits, Key infinity) {
   const Key magnitude = bits & std::numeric_limits<Key>::max();
   return magnitude > infinity ? static_cast<Key>(infinity + 1) : magnitude;
 }
