@@ -62,7 +62,7 @@ __device__ void for_matrix(const Selection<Key>& s, int64_t chunk, const Take& t
   const int64_t begin = chunk * s.chunk_size;
   const int64_t end = begin + s.chunk_size < s.n ? begin + s.chunk_size : s.n;
   const int lane = threadIdx.x % 32;
-#pragma unroll 4
+#pragma unroll 2
   for (int64_t first = begin; first < end; first += 32) {
     const int64_t linear = first + lane;
     const bool inside = linear < end;
