@@ -2,14 +2,9 @@
 #pragma once
 
 #include "../common.h"
+#include "../select.h"
 
 namespace sparsegrad {
-
-// `bits` are the bits of floats of which `infinity` is infinity; all NaNs are equal and above it.
-template <class Key>
-SPARSEGRAD_INLINE inline Key rank_of(Key bits, Key infinity) {
-  return std::min<Key>(magnitude(bits), infinity + 1);
-}
 
 template <class Key>
 struct Threshold {
