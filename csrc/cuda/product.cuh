@@ -104,7 +104,8 @@ __device__ __forceinline__ void accumulate(
     const int slot = step % kStages;
     TileIndices indices{a_outer, depth_ids[slot], begin + step * M::kK, end};
     load_tile<typename M::LayoutA, M::kM, M::kK, M::kThreads>(
-        a_tiles + slot * kSizeA, p.a, indices, rows.all || rows.masked, depths.all || depths.masked);
+        a_tiles + slot * kSizeA, p.a, indices, rows.all || rows.masked,
+        depths.all || depths.masked);
     indices.outer = b_outer;
     load_tile<typename M::LayoutB, M::kN, M::kK, M::kThreads>(
         b_tiles + slot * kSizeB, p.b, indices, true, depths.all);
