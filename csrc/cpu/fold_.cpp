@@ -182,7 +182,7 @@ Tensor gather_rows(const Tensor& basis, const std::vector<int64_t>& kept, Scalar
 }
 
 void add_product(const Tensor& to, const Tensor& left, const Tensor& right) {
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1.0, 1.0));
 }
 

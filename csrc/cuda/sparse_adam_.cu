@@ -19,16 +19,38 @@ struct HostStepSize {
   }
 };
 
+// A number on the device: its dtype is looked at there, by one thread of a block, so that it needs
+// no kernels of its own.
+struct Number {
+  const void* data;
+  ScalarType dtype;
+
+  __device__ double load() const {
+    switch (dtype) {
+      case ScalarType::Int:
+        return *static_cast<const int32_t*>(data);
+      case ScalarType::Long:
+        return static_cast<double>(*static_cast<const int64_t*>(data));
+      case ScalarType::Float:
+        return *static_cast<const float*>(data);
+      case ScalarType::Double:
+        return *static_cast<const double*>(data);
+      case ScalarType::BFloat16:
+        return static_cast<float>(*static_cast<const BFloat16*>(data));
+      default:
+        return static_cast<float>(*static_cast<const Half*>(data));
+    }
+  }
+};
+
 // The same where step and lr are on the device. b^step = exp(step log b).
-template <class Step>
 struct DeviceStepSize {
-  const Step* step;
-  const float* lr;
+  Number step, lr;
   double log_beta1, log_beta2;
 
   __device__ double operator()() const {
-    const double n = static_cast<double>(*step);
-    return *lr * sqrt(-expm1(n * log_beta2)) / -expm1(n * log_beta1);
+    const double n = step.load();
+    return lr.load() * sqrt(-expm1(n * log_beta2)) / -expm1(n * log_beta1);
   }
 };
 
@@ -163,22 +185,21 @@ void sparse_adam_tensor_step_(
     double eps) {
   const Arguments arguments{param, exp_avg, exp_avg_sq, indices, values, beta1, beta2, eps};
   check(arguments);
-  for (const auto& [name, t] : {std::pair{"step", &step}, {"lr", &lr}}) {
-    check_device(name, *t, param);
-    check_size(name, t->numel(), 1);
-  }
-  check_dtype("lr", lr, ScalarType::Float);
-  const float* rate = static_cast<const float*>(lr.const_data_ptr());
-  const double log1 = std::log(beta1), log2 = std::log(beta2);
-  if (step.scalar_type() == ScalarType::Long) {
-    run(arguments, DeviceStepSize{static_cast<const int64_t*>(step.const_data_ptr()), rate, log1, log2});
-    return;
-  }
-  STD_TORCH_CHECK(
-      step.scalar_type() == ScalarType::Float,
-      "step must be float32 or int64, got ",
-      step.scalar_type());
-  run(arguments, DeviceStepSize{static_cast<const float*>(step.const_data_ptr()), rate, log1, log2});
+  const auto number = [&](const char* name, const Tensor& t, std::vector<ScalarType> dtypes) {
+    check_device(name, t, param);
+    check_size(name, t.numel(), 1);
+    STD_TORCH_CHECK(
+        std::find(dtypes.begin(), dtypes.end(), t.scalar_type()) != dtypes.end(),
+        name, " must not have dtype ", t.scalar_type());
+    return Number{t.const_data_ptr(), t.scalar_type()};
+  };
+  using Type = ScalarType;
+  const DeviceStepSize step_size{
+      number("step", step, {Type::Float, Type::Int, Type::Long}),
+      number("lr", lr, {Type::Float, Type::Double, Type::BFloat16, Type::Half}),
+      std::log(beta1),
+      std::log(beta2)};
+  run(arguments, step_size);
 }
 
 }  // namespace

@@ -1,0 +1,290 @@
+"""Builds, tests, sanitizes and times everything on a GPU, in one run of under 10 minutes.
+
+    python benchmarks/gpu.py [--only tests|sanitizer|micro|training] [--device cpu] [--wheels DIR]
+
+No network is needed. The package is built as by `pip install --no-build-isolation --no-deps .`, for
+the card that is there, and installed with the wheels of DIR (for what the machine lacks, as
+tensorly) in a folder of its own, `build/gpu`: the environment is left as it is. A build, a test or
+a sanitizer that fails ends the run. What is known by then is written after every stage to
+benchmarks/results/<card>-<date>-<commit>.json and .md, with the benchmarks' own files beside it;
+all output is in build/gpu.log (with --out DIR all of this is in DIR: 7 files at most).
+
+`--device cpu` runs the same steps on CPU tensors with small sizes. What needs a GPU (the CUDA and
+Triton backends, compute-sanitizer) is left out: it proves this script and the tests, not kernels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import gpu_report
+import torch
+from gpu_steps import Outcome, Step, run_stage
+
+ROOT = Path(__file__).resolve().parent.parent
+SITE = ROOT / "build" / "gpu"
+LOGS = ROOT / "build" / "gpu-logs"
+PARTS = ("tests", "sanitizer", "micro", "training")
+BUDGET = 570  # seconds of the 10 minutes that a command may take on the machine
+PYTEST = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+SANITIZER_FAILED = "86"
+CPU_TESTS = "the rest, CPU"
+Stage = list[Step]
+FAILURE = ("failed", "timed out", "not run")
+
+# What must be loaded for the backends to have been tested at all.
+LOADED = """
+import json, sparsegrad_kernels as s
+found = {{name: (b.loaded, b.reason) for name, b in s.backends().items()}}
+print(json.dumps(found, indent=1))
+assert s.__file__.startswith({site!r}), s.__file__
+assert all(found[name][0] for name in {wanted!r}), "not loaded"
+"""
+
+
+def build(device: str, wheels: Path | None) -> list[Stage]:
+    install = [sys.executable, "-m", "pip", "install", "--no-deps", "--upgrade", "--quiet"]
+    install += ["--disable-pip-version-check", "--target", str(SITE)]
+    environment = {"SPARSEGRAD_BUILD": "cpu"}
+    wanted = ["cpp"]
+    if device == "cuda":
+        major, minor = torch.cuda.get_device_capability()
+        card = f"{major}.{minor}{'a' if major >= 9 else ''}"
+        # Sanitizers name source lines.
+        environment = {
+            "SPARSEGRAD_BUILD": "cuda",
+            "TORCH_CUDA_ARCH_LIST": card,
+            "NVCC_APPEND_FLAGS": "-lineinfo",
+        }
+        wanted = ["cpp", "cuda", "triton"]
+    check = LOADED.format(site=str(SITE), wanted=wanted)
+    stages = [
+        [
+            Step(
+                "build",
+                [*install, "--no-build-isolation", str(ROOT)],
+                240,
+                environment,
+                (),
+                FAILURE,
+            )
+        ],
+        [Step("backends", [sys.executable, "-P", "-c", check], 60, ends_run=FAILURE)],
+    ]
+    files = sorted(map(str, wheels.glob("*.whl"))) if wheels else []
+    if files:
+        stages.insert(0, [Step("wheels", [*install, "--no-index", *files], 60, ends_run=FAILURE)])
+    return stages
+
+
+def tests(device: str) -> list[Stage]:
+    """Each backend on the device, and the CPU's own tests, side by side."""
+    everything = "python_tests/test_cuda.py"
+    triton = "python_tests/test_triton_cuda.py"
+
+    def step(name: str, backend: str | None, *arguments: str) -> Step:
+        environment = {"SPARSEGRAD_TEST_DEVICE": device, "OMP_NUM_THREADS": "2"}
+        if backend:
+            environment["SPARSEGRAD_BACKEND"] = backend
+        needs = [path for path in arguments if path.endswith(".py")]
+        # What fails on the CPU says nothing about the GPU; and Triton compiles for long at first.
+        ends = () if name == CPU_TESTS else ["failed"]
+        return Step(f"tests: {name}", [*PYTEST, *arguments], 240, environment, needs, ends)
+
+    if device == "cpu":
+        small = ["-k", "small or graph or waits or stream"]
+        stage = [step("reference", "reference", everything, *small)]
+        stage.append(step("C++", "cpp", everything, *small))
+        stage.append(step(CPU_TESTS, None, *cpu_tests("config", "sparse_adam_")))
+        return [stage]
+    stage = [step("reference", "reference", everything), step("CUDA", "cuda", everything)]
+    stage += [step("Triton", "triton", everything), step("Triton's own", "triton", triton)]
+    stage += [step("as dispatched", None, everything), step(CPU_TESTS, None, *cpu_tests())]
+    return [stage]
+
+
+def cpu_tests(*only: str) -> list[str]:
+    """The other test files, less those that need what the machine lacks."""
+    packages = ("hypothesis", "tensorly")
+    lacking = [name for name in packages if gpu_report.version(name) == "absent"]
+    kept = []
+    for file in sorted((ROOT / "python_tests").glob("test_*.py")):
+        name, text = file.stem.removeprefix("test_"), file.read_text()
+        if name in ("build", "cuda", "triton_cuda") or (only and name not in only):
+            continue
+        if any(f"import {p}" in text or f"from {p}" in text for p in lacking):
+            print(f"   {file.name} is left out: {', '.join(lacking)} absent", flush=True)
+            continue
+        kept.append(str(file))
+    return kept
+
+
+def sanitizer(device: str) -> list[Stage]:
+    """Small tests only. In memcheck each tensor is an allocation of its own: its end is exact."""
+    if device == "cpu":
+        return []
+    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    # On some virtual machines it refuses the device: then it proves nothing, and is not there.
+    works = LOGS / "sanitizer-works"
+    probe = f"import torch; torch.ones(3).cuda().sum().item(); open({str(works)!r}, 'w')"
+    try_it = [tool, f"--error-exitcode={SANITIZER_FAILED}", "--report-api-errors=no"]
+    try_it += [sys.executable, "-P", "-c", probe]
+    few = "small and (float32 or bfloat16)"
+    stage = []
+    for name, flags, chosen, environment in (
+        # torch asks the driver for what it may not have: such API errors are none of ours.
+        ("memcheck", ["--report-api-errors=no"], "small", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
+        ("racecheck", [], few, {}),
+    ):
+        for backend in ("cuda", "triton"):
+            command = [tool, f"--tool={name}", f"--error-exitcode={SANITIZER_FAILED}", *flags]
+            command += ["--target-processes=application-only"]  # not Triton's compiler
+            command += [*PYTEST, "python_tests/test_cuda.py", "-k", chosen]
+            environment = {**environment, "SPARSEGRAD_BACKEND": backend, "OMP_NUM_THREADS": "2"}
+            title = f"sanitizer: {name}, {backend}"
+            # It is slow by nature: no time left is no failure.
+            stage.append(Step(title, command, 180, environment, [tool, works], ["failed"]))
+    return [[Step("sanitizer: does it work here", try_it, 60, needs=[tool])], stage]
+
+
+def micro(device: str, results: str) -> list[Stage]:
+    """One backend after another, alone on the machine."""
+    stages = []
+    for backend in ["cpp"] if device == "cpu" else ["cuda", "triton"]:
+        command = [*PYTEST, "benchmarks", f"--device={device}"]
+        command += [f"--benchmark-json={results}-operators-{backend}.json"]
+        if device == "cpu":
+            command += ["-k", "sparse_adam_"]
+        environment = {"SPARSEGRAD_BACKEND": backend}
+        needs = [ROOT / "benchmarks" / "bench_topk_coo.py"]
+        stages.append([Step(f"micro: {backend}", command, 150, environment, needs)])
+    return stages
+
+
+def training(device: str, results: str) -> list[Stage]:
+    """Table 3: bfloat16 and TF32."""
+    script = ROOT / "benchmarks" / "bench_training.py"
+    stages = []
+    for name, arguments, environment in (
+        ("bfloat16", ["--dtype", "bfloat16"], {}),
+        ("tf32", [], {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}),
+    ):
+        command = [sys.executable, str(script), f"--device={device}", *arguments]
+        command += [f"--json={results}-training-{name}.json"]
+        whole = ["--models=roberta-base", "--tasks=mnli", "--turns=2", "--basis-steps=10"]
+        command += ["--quick"] if device == "cpu" else whole
+        stages.append([Step(f"training: {name}", command, 150, environment, [script])])
+        if device == "cpu":
+            break
+    return stages
+
+
+class Record:
+    """What is known so far, written anew after each stage."""
+
+    def __init__(self, device: str, commit: str | None, folder: Path, log: Path) -> None:
+        date = time.strftime("%Y%m%d")
+        self.machine = gpu_report.machine(device)
+        self.machine["commit"] = commit or self.machine["commit"]
+        self.results = str(folder / gpu_report.stem(self.machine, date))
+        self.log = log
+        self.outcomes: list[Outcome] = []
+        self.verdict = "unfinished"
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in self._files():
+            old.unlink()
+
+    def write(self) -> None:
+        files = self._files()
+        document = {
+            "kind": "gpu",
+            "verdict": self.verdict,
+            "machine": self.machine,
+            "steps": [asdict(outcome) for outcome in self.outcomes],
+            "files": [file.name for file in files],
+        }
+        Path(f"{self.results}.json").write_text(json.dumps(document, indent=1) + "\n")
+        text = gpu_report.markdown(self.machine, self.verdict, self.outcomes, files)
+        Path(f"{self.results}.md").write_text(text)
+        with self.log.open("w") as out:
+            for outcome in self.outcomes:
+                out.write(f"==== {outcome.name}: {outcome.command}\n")
+                out.write(Path(outcome.log).read_text(errors="replace") if outcome.log else "")
+
+    def _files(self) -> list[Path]:
+        path = Path(self.results)
+        return sorted(
+            file
+            for kind in ("operators", "training")
+            for file in path.parent.glob(f"{path.name}-{kind}-*.json")
+            if file.stat().st_size
+        )
+
+
+def run_all(record: Record, parts: Sequence[str], device: str, wheels: Path | None) -> str:
+    """The verdict."""
+    deadline = time.monotonic() + BUDGET
+    for folder in (SITE, LOGS):
+        shutil.rmtree(folder, ignore_errors=True)
+    LOGS.mkdir(parents=True)
+    os.environ["PYTHONPATH"] = str(SITE)
+    sys.path.append(str(SITE))  # for the versions of what the wheels bring
+    workers = max(1, len(os.sched_getaffinity(0)) // 2)
+    plan = {
+        "build": lambda: build(device, wheels),
+        "tests": lambda: tests(device),
+        "sanitizer": lambda: sanitizer(device),
+        "micro": lambda: micro(device, record.results),
+        "training": lambda: training(device, record.results),
+    }
+    for part in ("build", *parts):
+        print(f"== {part}", flush=True)
+        for stage in plan[part]():
+            outcomes = run_stage(stage, LOGS, deadline, workers)
+            record.outcomes += outcomes
+            record.write()
+            for step, outcome in zip(stage, outcomes, strict=True):
+                if outcome.status in step.ends_run:
+                    print("\n".join(outcome.tail))
+                    return f"stopped: {outcome.name} {outcome.status}"
+        if part == "build":
+            record.machine |= gpu_report.versions()
+    bad = [f"{o.name} {o.status}" for o in record.outcomes if not o.good]
+    return f"incomplete: {'; '.join(bad)}" if bad else "all passed"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", action="append", choices=PARTS, help="by default all")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--wheels", type=Path, metavar="DIR", help="installed beside the package")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="by default benchmarks/results")
+    parser.add_argument("--commit", help="of a copy of the tree without its repository")
+    options = parser.parse_args()
+    os.chdir(ROOT)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("gpu.py: no GPU is here; --device cpu makes a dry run")
+    dry = options.device == "cpu"
+    default = ROOT / "build" / "gpu-results" if dry else ROOT / "benchmarks" / "results"
+    log = (options.out or ROOT / "build").resolve() / "gpu.log"
+    folder = (options.out or default).resolve()
+    record = Record(options.device, options.commit, folder, log)
+    parts = [part for part in PARTS if not options.only or part in options.only]
+    record.verdict = run_all(record, parts, options.device, options.wheels)
+    record.write()
+    print(f"\n{record.verdict}\n{record.results}.md")
+    raise SystemExit(record.verdict != "all passed")
+
+
+if __name__ == "__main__":
+    main()

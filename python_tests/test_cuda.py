@@ -1,0 +1,543 @@
+"""The operators on a GPU, whichever backend serves it there: against float64 on the CPU, without
+waiting for the device, in CUDA graphs, on other streams and devices.
+
+SPARSEGRAD_BACKEND=reference|cuda|triton chooses who is tested. SPARSEGRAD_TEST_DEVICE=cpu runs the
+same tests on CPU tensors, where nothing is captured: it shows that the tests themselves are right.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from cases import DTYPES, SHAPES, TOLERANCE, orthogonal, sparse_matrix, strided_views
+from sparsegrad_kernels import SparseAdam, SparseGradLinear, ops
+from sparsegrad_kernels.basis import Basis
+
+DEVICE = torch.device(os.environ.get("SPARSEGRAD_TEST_DEVICE", "cuda"))
+ON_GPU = DEVICE.type == "cuda"
+pytestmark = pytest.mark.skipif(
+    ON_GPU and not torch.cuda.is_available(), reason="no GPU (SPARSEGRAD_TEST_DEVICE=cpu runs dry)"
+)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+# [tokens, out_features, in_features]: one block and less; many blocks, none of them full.
+SIZES = {"small": (37, 21, 19), "large": (515, 1037, 390)}
+sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+HYPER = (2**-7, 0.9, 0.99, 1e-6)  # lr as a float32 is exact
+ADAM = (3, *HYPER)
+# Output sizes that depend on the data have to be read, once, by contract.
+WAITING = ("nonzero_rows_cols", "sparse_dense_mm_coo")
+OPS = (
+    "compact_indices",
+    "topk_coo",
+    "sparse_dense_mm",
+    "grad_weight_topk",
+    "sparse_adam_",
+    "fold_",
+)
+
+
+def skip_if_reference(op: str) -> None:
+    """The reference is written for legibility: it may wait for the device."""
+    qualified = f"sparsegrad_kernels::{op}"
+    if ON_GPU and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
+        pytest.skip(f"{op} is served by the reference")
+
+
+@contextmanager
+def no_sync() -> Iterator[None]:
+    """Waiting for the device is an error."""
+    if not ON_GPU:
+        yield
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def put(t: Tensor) -> Tensor:
+    """A copy on the device, also where that is the CPU: operators write in place."""
+    return t.to(DEVICE, copy=True)
+
+
+# ---- Inputs and oracles ----
+
+
+def special_matrix(rows: int, cols: int, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """With NaN, infinities, both zeros, numbers below the smallest normal one, and many ties."""
+    info = torch.finfo(dtype)
+    values = [torch.nan, torch.inf, -torch.inf, 0.0, -0.0, info.tiny / 4, -info.tiny / 4, 1.0, -1.0]
+    pool = torch.tensor([*values, *[0.0] * 30], dtype=torch.float64).to(dtype)
+    return pool[torch.randint(len(pool), (rows, cols), generator=generator)]
+
+
+def distinct_entries(rows: int, cols: int, k: int, generator: torch.Generator) -> Tensor:
+    linear = torch.randperm(rows * cols, generator=generator)[:k].sort().values
+    return torch.stack([linear // cols, linear % cols])
+
+
+def nonzero_oracle(a: Tensor, tol: float) -> tuple[Tensor, Tensor]:
+    hit = ~(a.double().abs() <= tol)
+    return hit.any(1).nonzero()[:, 0], hit.any(0).nonzero()[:, 0]
+
+
+def topk_oracle(c: Tensor, k: int) -> Tensor:
+    """Linear indices: NaN first, then by magnitude, then the lowest."""
+    flat = c.double().reshape(-1)
+    by_size = flat.abs().nan_to_num(torch.inf, torch.inf).argsort(descending=True, stable=True)
+    order = by_size[flat[by_size].isnan().int().argsort(descending=True, stable=True)]
+    return order[:k].sort().values
+
+
+def assert_bits(actual: Tensor, expected: Tensor) -> None:
+    """The same shape, dtype and bits, -0.0 and NaN included."""
+    assert actual.shape == expected.shape and actual.dtype == expected.dtype
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    view = integer[actual.element_size()]
+    one, other = (t.detach().cpu().contiguous().view(view) for t in (actual, expected))
+    assert torch.equal(one, other), f"{int((one != other).sum())} of {one.numel()} differ"
+
+
+def assert_close(actual: Tensor, oracle: Tensor, scale: Tensor, factor: float = 1) -> None:
+    info = torch.finfo(actual.dtype)
+    limit = factor * TOLERANCE[actual.dtype] * scale + info.smallest_normal * info.eps
+    error = (actual.detach().cpu().double() - oracle).abs()
+    assert bool((error <= limit).all()), f"error {(error / limit).max()} times what is allowed"
+
+
+def adam_arguments(size, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    _, n_out, n_in = size
+    indices = distinct_entries(n_out, n_in, n_out * n_in // 20, generator)
+    param, exp_avg, exp_avg_sq = torch.randn(3, n_out, n_in, generator=generator).to(dtype)
+    values = torch.randn(indices.shape[1], generator=generator).to(dtype)
+    return [param, exp_avg, exp_avg_sq.square(), indices, values]
+
+
+def adam_oracle(arguments: list[Tensor], step: int) -> list[Tensor]:
+    lr, beta1, beta2, eps = HYPER
+    p, m, v, indices, g = (t.double() if t.is_floating_point() else t for t in arguments)
+    p, m, v, at = p.clone(), m.clone(), v.clone(), tuple(indices)
+    m[at] = beta1 * m[at] + (1 - beta1) * g
+    v[at] = beta2 * v[at] + (1 - beta2) * g * g
+    p[at] -= lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step) * m[at] / (v[at].sqrt() + eps)
+    return [p, m, v]
+
+
+def fold_arguments(size, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
+    """Some entries are given twice."""
+    _, n_out, n_in = size
+    u = orthogonal(n_in, generator, dtype)[: n_in - 3].clone()
+    v = orthogonal(n_out, generator, dtype)[: n_out - 2].clone()
+    n = n_out * n_in // 100 + 5
+    rows = torch.randint(n_out - 2, (n,), generator=generator)
+    cols = torch.randint(n_in - 3, (n,), generator=generator)
+    values = torch.randn(n, generator=generator).to(dtype)
+    weight = torch.randn(n_out, n_in, generator=generator).to(dtype)
+    return [weight, u, v, torch.stack([rows, cols]), values]
+
+
+def fold_oracle(weight, u, v, indices, values) -> tuple[Tensor, Tensor]:
+    """And the scale of its errors."""
+    update = torch.zeros(v.shape[0], u.shape[0], dtype=torch.float64)
+    update.index_put_(tuple(indices), values.double(), accumulate=True)
+    size = torch.zeros_like(update)
+    size.index_put_(tuple(indices), values.double().abs(), accumulate=True)
+    scale = weight.double().abs() + v.double().abs().T @ size @ u.double().abs()
+    return weight.double() + v.double().T @ update @ u.double(), scale
+
+
+# ---- Results ----
+
+
+def check_detection_and_selection(a: Tensor) -> None:
+    for layout, view in strided_views(put(a)).items():
+        for tol in (0.0, 0.5):
+            rows, cols = nonzero_oracle(a, tol)
+            got = ops.nonzero_rows_cols(view, tol)
+            assert_bits(got[0], rows)
+            assert_bits(got[1], cols)
+            padded_rows, padded_cols, counts = ops.compact_indices(view, tol)
+            assert counts.tolist() == [len(rows), len(cols)], layout
+            for padded, right in ((padded_rows, rows), (padded_cols, cols)):
+                assert_bits(padded[: len(right)], right.int())
+                assert bool((padded[len(right) :] == -1).all())
+        n = a.numel()
+        for k in {1, max(1, n // 50), max(1, n - 1), n + 5}:
+            chosen = topk_oracle(a, k)
+            indices, values = ops.topk_coo(view, k)
+            width = max(a.shape[1], 1)
+            assert_bits(indices, torch.stack([chosen // width, chosen % width]))
+            assert_bits(values, a.reshape(-1)[chosen])
+
+
+@dtypes
+@pytest.mark.parametrize(
+    "shape",
+    [*SHAPES, (1031, 777)],
+    ids=lambda s: f"{'small' if sum(s) < 1000 else 'large'}{s[0]}x{s[1]}",
+)
+def test_detection_and_selection(shape, dtype, generator):
+    check_detection_and_selection(sparse_matrix(*shape, dtype, generator))
+
+
+@dtypes
+@sizes
+def test_detection_and_selection_of_what_is_special(size, dtype, generator):
+    check_detection_and_selection(special_matrix(*size[1:], dtype, generator))
+
+
+@dtypes
+@sizes
+def test_products(size, dtype, generator):
+    tokens, n_out, n_in = size
+    a = sparse_matrix(tokens, n_out, dtype, generator)
+    b = torch.randn(n_out, n_in, generator=generator).to(dtype)
+    b[:, 0] = 0
+    oracle, scale = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    for left in strided_views(put(a)).values():
+        for right in strided_views(put(b)).values():
+            assert_close(ops.sparse_dense_mm(left, right), oracle, scale)
+    rows, _ = nonzero_oracle(a, 0.0)
+    indices, values = ops.sparse_dense_mm_coo(put(a), put(b))
+    every_col = torch.arange(n_in).repeat(len(rows))
+    assert_bits(indices, torch.stack([rows.repeat_interleave(n_in), every_col]))
+    assert_close(values, oracle[rows].reshape(-1), scale[rows].reshape(-1))
+
+
+@dtypes
+def test_rows_and_columns_of_zeros_take_no_part_small(dtype, generator):
+    a = sparse_matrix(37, 29, dtype, generator)
+    a[:, 3], a[5] = 0, 0
+    b = torch.randn(29, 19, generator=generator).to(dtype)
+    b[3] = torch.nan
+    wanted = ops.sparse_dense_mm(a.double(), b.double())
+    assert bool(wanted.isfinite().all())
+    got = ops.sparse_dense_mm(put(a), put(b))
+    assert_close(got, wanted, a.double().abs() @ b.double().abs().nan_to_num())
+
+
+def test_gradient_of_the_product_small(generator):
+    a = sparse_matrix(37, 21, torch.float64, generator)
+    b = torch.randn(21, 19, generator=generator, dtype=torch.float64)
+    out_grad = torch.randn(37, 19, generator=generator, dtype=torch.float64)
+    on_device = [put(t).requires_grad_() for t in (a, b)]
+    ops.sparse_dense_mm(*on_device).backward(put(out_grad))
+    for t, wanted in zip(on_device, (out_grad @ b.T, a.T @ out_grad), strict=True):
+        assert t.grad is not None
+        torch.testing.assert_close(t.grad.cpu(), wanted)
+
+
+@dtypes
+@sizes
+def test_grad_weight_topk_where_sums_are_exact(size, dtype, generator):
+    """Small integers: every type holds their products' sums, so that ties are ties."""
+    tokens, n_out, n_in = min(size[0], 200), *size[1:]
+    g, x = (torch.randint(-1, 2, (tokens, n), generator=generator) for n in (n_out, n_in))
+    g = (g * (torch.rand(tokens, 1, generator=generator) < 0.67)).to(dtype)
+    x = x.to(dtype)
+    product = (g.double().T @ x.double()).to(dtype)
+    for k in (1, n_out * n_in // 100 + 1, n_out * n_in):
+        chosen = topk_oracle(product, k)
+        for left in strided_views(put(g)).values():
+            for right in strided_views(put(x)).values():
+                indices, values = ops.grad_weight_topk(left, right, k)
+                assert_bits(indices, torch.stack([chosen // n_in, chosen % n_in]))
+                torch.testing.assert_close(
+                    values.cpu(), product.reshape(-1)[chosen], rtol=0, atol=0
+                )
+
+
+@dtypes
+@sizes
+def test_grad_weight_topk(size, dtype, generator):
+    """Each entry is right, and none that was left out is larger, beyond rounding."""
+    tokens, n_out, n_in = size
+    g = sparse_matrix(tokens, n_out, dtype, generator)
+    x = torch.randn(tokens, n_in, generator=generator).to(dtype)
+    oracle, scale = g.double().T @ x.double(), g.double().abs().T @ x.double().abs()
+    slack = TOLERANCE[dtype] * scale
+    k = n_out * n_in // 100 + 1
+    on_device = put(g), put(x)
+    indices, values = ops.grad_weight_topk(*on_device, k)
+    again = ops.grad_weight_topk(*on_device, k)
+    assert_bits(again[0], indices)
+    assert_bits(again[1], values)
+    at = tuple(indices.cpu())
+    linear = at[0] * n_in + at[1]
+    assert len(linear) == k and bool((linear[1:] > linear[:-1]).all())
+    assert_close(values, oracle[at], scale[at])
+    left_out = oracle.abs() - slack
+    left_out[at] = -1
+    assert (oracle.abs() + slack)[at].min() >= left_out.max()
+
+
+@dtypes
+@sizes
+@pytest.mark.parametrize("step", ["int", "float32", "int64"])
+def test_sparse_adam(size, dtype, step, generator):
+    arguments = adam_arguments(size, dtype, generator)
+    oracle = adam_oracle(arguments, 3)
+    untouched = torch.ones(size[1:], dtype=torch.bool)
+    untouched[tuple(arguments[3])] = False
+    for layout in ("contiguous", "transposed", "sliced"):
+        state = [strided_views(put(t))[layout] for t in arguments[:3]]
+        coo = [put(t) for t in arguments[3:]]
+        if step == "int":
+            ops.sparse_adam_(*state, *coo, *ADAM)
+        else:
+            op = getattr(torch.ops.sparsegrad_kernels, "_sparse_adam_tensor_step_", None)
+            if op is None:
+                pytest.skip("this version takes no step as a tensor")
+            number = torch.tensor([3], dtype=getattr(torch, step), device=DEVICE)
+            lr = torch.tensor([HYPER[0]], device=DEVICE)
+            op(*state, *coo, number, lr, *HYPER[1:])
+        for got, wanted, before in zip(state, oracle, arguments[:3], strict=True):
+            assert_close(got, wanted, wanted.abs() + before.double().abs() + HYPER[0])
+            assert_bits(got.cpu()[untouched], before[untouched])
+
+
+@dtypes
+@sizes
+def test_fold(size, dtype, generator):
+    arguments = fold_arguments(size, dtype, generator)
+    oracle, scale = fold_oracle(*arguments)
+    for layout in ("contiguous", "transposed", "sliced"):
+        weight, u, v = (strided_views(put(t))[layout] for t in arguments[:3])
+        ops.fold_(weight, u, v, *(put(t) for t in arguments[3:]))
+        assert_close(weight, oracle, scale, factor=2)
+
+
+@dtypes
+@sizes
+def test_fold_without_a_basis(size, dtype, generator):
+    weight, _, _, indices, values = fold_arguments(size, dtype, generator)
+    identities = [torch.eye(n, dtype=torch.float64) for n in (size[2], size[1])]
+    oracle, scale = fold_oracle(weight, *identities, indices, values)
+    on_device = put(weight)
+    ops.fold_(on_device, None, None, put(indices), put(values))
+    assert_close(on_device, oracle, scale, factor=2)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_empty_small(op):
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.zeros(*shape, dtype=dtype, device=DEVICE)
+
+    nothing = (zeros(2, 0, dtype=torch.int64), zeros(0))
+    if op == "compact_indices":
+        assert ops.compact_indices(zeros(0, 5))[2].tolist() == [0, 0]
+    elif op == "topk_coo":
+        assert ops.topk_coo(zeros(5, 0), 3)[0].shape == (2, 0)
+    elif op == "sparse_dense_mm":
+        assert_bits(ops.sparse_dense_mm(zeros(4, 0), zeros(0, 3)), zeros(4, 3))
+    elif op == "grad_weight_topk":
+        assert ops.grad_weight_topk(zeros(0, 4), zeros(0, 3), 5)[1].tolist() == [0.0] * 5
+    elif op == "sparse_adam_":
+        ops.sparse_adam_(*(zeros(3, 4) for _ in range(3)), *nothing, *ADAM)
+    else:
+        ops.fold_(zeros(3, 4), None, None, *nothing)
+
+
+# ---- Offsets beyond 2^31 ----
+
+
+def far_apart(a: Tensor) -> Tensor:
+    """The same two rows, 2^31 elements from each other."""
+    assert a.shape[0] == 2
+    room = torch.empty(2**31 + a.shape[1], dtype=a.dtype, device=DEVICE)
+    view = room.as_strided(a.shape, (2**31, 1))
+    view.copy_(a)
+    return view
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_rows_far_apart(op, generator):
+    free = torch.cuda.mem_get_info()[0] if ON_GPU else 2**40  # the CPU's pages are never touched
+    if free < 24 << 30:
+        pytest.skip("less than 24 GB of memory are free")
+    dtype = torch.bfloat16
+    a = torch.randn(2, 70, generator=generator).to(dtype)
+    b = torch.randn(70, 9, generator=generator).to(dtype)
+    x = torch.randn(2, 9, generator=generator).to(dtype)
+    adam = adam_arguments((0, 2, 70), dtype, generator)
+    indices, values = put(adam[3]), put(adam[4])
+    far, near = far_apart(a), put(a)
+    if op == "sparse_adam_":
+        state = [far_apart(t) for t in adam[:3]]
+        ops.sparse_adam_(*state, indices, values, *ADAM)
+        for got, wanted in zip(state, adam_oracle(adam, 3), strict=True):
+            assert_close(got, wanted, wanted.abs() + 1)
+    elif op == "fold_":
+        ops.fold_(far, None, None, indices, values)
+        ops.fold_(near, None, None, indices, values)
+        assert_bits(far, near)
+    else:
+        rest = {
+            "compact_indices": (),
+            "topk_coo": (20,),
+            "sparse_dense_mm": (put(b),),
+            "grad_weight_topk": (put(x), 30),
+        }[op]
+        got, wanted = getattr(ops, op)(far, *rest), getattr(ops, op)(near, *rest)
+        for one, other in zip(listed(got), listed(wanted), strict=True):
+            assert_bits(one, other)
+
+
+# ---- Without waiting, in graphs, on other streams and devices ----
+
+
+def listed(value: Tensor | tuple[Tensor, ...] | None) -> list[Tensor]:
+    return [] if value is None else [value] if isinstance(value, Tensor) else list(value)
+
+
+Run = Callable[..., Tensor | tuple[Tensor, ...] | None]
+
+
+def example(op: str, dtype: torch.dtype, keep: float, generator: torch.Generator):
+    """How to run `op`, its inputs, and how many of the first of them it writes."""
+    size = SIZES["large"]
+    run: Run = getattr(ops, op)
+    if op == "sparse_adam_":
+        return lambda *t: ops.sparse_adam_(*t, *ADAM), adam_arguments(size, dtype, generator), 3
+    if op == "fold_":
+        return run, fold_arguments(size, dtype, generator), 1
+    a = sparse_matrix(*size[:2], dtype, generator, keep)
+    other = torch.randn(size[0], 261, generator=generator).to(dtype)
+    if op == "grad_weight_topk":
+        return lambda *t: ops.grad_weight_topk(*t, 500), [a, other], 0
+    if op == "sparse_dense_mm":
+        return run, [a, torch.randn(size[1], 261, generator=generator).to(dtype)], 0
+    return (run if op == "compact_indices" else lambda t: ops.topk_coo(t, 500)), [a], 0
+
+
+def captured(run: Callable[[], object]) -> Callable[[], object]:
+    """What replays `run` and returns what it returned, in the same memory."""
+    if not ON_GPU:
+        return run
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # compiles, tunes and allocates what a capture must not
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+
+    def replay() -> object:
+        graph.replay()
+        return out
+
+    return replay
+
+
+few = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+each_op = pytest.mark.parametrize("op", OPS)
+
+
+@few
+@each_op
+def test_never_waits(op, dtype, generator):
+    skip_if_reference(op)
+    run, inputs, _ = example(op, dtype, 0.5, generator)
+    on_device = [put(t) for t in inputs]
+    run(*on_device)  # compiles and tunes
+    with no_sync():
+        run(*on_device)
+
+
+@few
+@each_op
+def test_graph_follows_its_inputs(op, dtype, generator):
+    """One capture, replayed on other values, with more nonzero rows and with fewer."""
+    skip_if_reference(op)
+    run, first, n_written = example(op, dtype, 0.3, generator)
+    _, second, _ = example(op, dtype, 0.8, generator)
+    static = [put(t) for t in first]
+    replay = captured(lambda: run(*static))
+    for inputs in (second, first, second):
+        for tensor, value in zip(static, inputs, strict=True):
+            tensor.copy_(value)
+        got = replay()
+        eager = [put(t) for t in inputs]
+        expected = run(*eager)
+        for one, other in zip(listed(got), listed(expected), strict=True):  # type: ignore[arg-type]
+            assert_bits(one, other)
+        for one, other in zip(static[:n_written], eager[:n_written], strict=True):
+            assert_bits(one, other)
+
+
+@each_op
+def test_runs_on_the_current_stream(op, generator):
+    """A kernel on another stream would not wait for its input, nor its output for it."""
+    run, inputs, n_written = example(op, torch.float32, 0.5, generator)
+    expected_state = [put(t) for t in inputs]
+    expected = listed(run(*expected_state))
+    state = [torch.zeros_like(t, device=DEVICE) for t in inputs]
+    sources = [put(t) for t in inputs]
+    if ON_GPU:
+        torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()) if ON_GPU else no_sync():
+        if ON_GPU:
+            torch.cuda._sleep(50_000_000)  # cycles: the inputs come late
+        for tensor, value in zip(state, sources, strict=True):
+            tensor.copy_(value)
+        got = listed(run(*state))
+        for one, other in zip(got, expected, strict=True):
+            assert_bits(one, other)
+        for one, other in zip(state[:n_written], expected_state[:n_written], strict=True):
+            assert_bits(one, other)
+
+
+@each_op
+def test_runs_on_its_tensors_device(op, generator):
+    """Which need not be the current one."""
+    if ON_GPU and torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    device = torch.device("cuda:1") if ON_GPU else DEVICE
+    run, inputs, n_written = example(op, torch.float32, 0.5, generator)
+    here, there = [put(t) for t in inputs], [t.to(device) for t in inputs]
+    expected, got = listed(run(*here)), listed(run(*there))
+    pairs = [*zip(got, expected, strict=True)]
+    for one, other in [*pairs, *zip(there[:n_written], here[:n_written], strict=True)]:
+        assert one.device == device
+        assert_bits(one, other)
+
+
+# ---- All together ----
+
+
+@pytest.mark.parametrize("identity", [False, True], ids=["basis", "identity"])
+def test_training_equals_that_on_the_cpu(identity, generator):
+    n_in, n_out = 24, 40
+    spectra = torch.ones(n_in), torch.ones(n_out)
+    u, v = orthogonal(n_in, generator), orthogonal(n_out, generator)
+    weights = torch.randn(n_out, n_in, generator=generator, dtype=torch.float64)
+    batches = [torch.randn(3, 11, n_in, generator=generator, dtype=torch.float64) for _ in range(6)]
+    outcomes = []
+    for device in (torch.device("cpu"), DEVICE):
+        linear = torch.nn.Linear(n_in, n_out, dtype=torch.float64)
+        with torch.no_grad():
+            linear.weight.copy_(weights)
+            linear.bias.zero_()
+        basis = None if identity else Basis(u, v, *spectra)
+        layer = SparseGradLinear.from_linear(linear.to(device), basis, density=0.1)
+        optimizer = SparseAdam(layer.parameters(), lr=1e-2)
+        for x in batches:
+            x = x.to(device).requires_grad_()
+            out = layer(x)
+            mask = torch.arange(11, device=device) < 7  # the rest is padding
+            (out.square() * mask[:, None]).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        outcomes.append(layer.to_linear().weight.detach().cpu())
+    torch.testing.assert_close(outcomes[1], outcomes[0], rtol=1e-9, atol=1e-9)
+    assert not torch.equal(outcomes[0], weights)
