@@ -63,7 +63,9 @@ __device__ __forceinline__ void copy_tile(
     const int32_t listed = by_position ? position : indices.depth[depth];
     const bool taken = outer_index >= 0 && 0 <= listed && position < indices.n_depth;
     const int32_t depth_index = x.gather_depth ? listed : position;
-    const int64_t offset = outer_index * x.outer_stride + depth_index * x.depth_stride;
+    const int64_t outer_stride = kVector > 1 && !kAlongDepth ? 1 : x.outer_stride;
+    const int64_t depth_stride = kVector > 1 && kAlongDepth ? 1 : x.depth_stride;
+    const int64_t offset = outer_index * outer_stride + depth_index * depth_stride;
     int valid = taken;
     if constexpr (kVector > 1) {  // as many as there are to the end of the axis
       const int left = kAlongDepth ? indices.n_depth - depth_index : x.outer_size - outer_index;
