@@ -7,7 +7,8 @@ namespace sparsegrad {
 
 // rows [b], cols [c], counts [2] of a [b, c], by the operator of that name.
 inline std::tuple<Tensor, Tensor, Tensor> compact_indices(const Tensor& a, double tol) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(a), torch::stable::detail::from(tol)};
+  std::array<StableIValue, 3> stack{
+      torch::stable::detail::from(a), torch::stable::detail::from(tol)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
       "sparsegrad_kernels::compact_indices", "", stack.data(), TORCH_ABI_VERSION));
   return {

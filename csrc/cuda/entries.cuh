@@ -56,7 +56,8 @@ inline SortedEntries sort_entries(
   const auto sort = [&](void* room, size_t& bytes) {
     check_cuda(cub::DeviceRadixSort::SortPairs(
         room, bytes, key, static_cast<int64_t*>(sorted.keys.mutable_data_ptr()), position,
-        static_cast<int32_t*>(sorted.positions.mutable_data_ptr()), static_cast<int>(n), 0, bits, stream));
+        static_cast<int32_t*>(sorted.positions.mutable_data_ptr()), static_cast<int>(n), 0, bits,
+        stream));
   };
   size_t bytes = 0;
   sort(nullptr, bytes);

@@ -45,7 +45,8 @@ std::tuple<Tensor, Tensor> grad_weight_topk(
   const DeviceGuard on_device(g.get_device_index());
   const NoGrad no_grad;
   const Tensor product = grad_weight(g, x, tol);
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(product), torch::stable::detail::from(k)};
+  std::array<StableIValue, 2> stack{
+      torch::stable::detail::from(product), torch::stable::detail::from(k)};
   TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
       "sparsegrad_kernels::topk_coo", "", stack.data(), TORCH_ABI_VERSION));
   return {

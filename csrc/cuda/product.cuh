@@ -6,7 +6,7 @@
 // blocks share a tile's depth, and the last of them to finish adds their sums, always in the same
 // order. What is done with the sums is the epilogue's affair: it has
 //
-//   before(n_rows)     called by every block once, and
+//   before(n_rows)     called by every block once with the number of kept rows, and
 //   operator()(visit)  called per tile by all its threads: visit(f) calls, for all of the thread's
 //                      sums, f(row, col, value, next, has_next) with references to those at
 //                      [row, col] and [row, col + 1], row being the original one, rows[m].
@@ -37,6 +37,45 @@ struct Product {
   const int32_t* active = nullptr;
 };
 
+// Whether the ascending list [n] holds the index.
+__device__ inline bool is_listed(const int32_t* list, int32_t n, int32_t index) {
+  int32_t low = 0, high = n;
+  while (low < high) {
+    const int32_t middle = low + (high - low) / 2;
+    if (list[middle] < index) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low < n && list[low] == index;
+}
+
+// An axis of which some indices are kept. Where vectors could be read along it but for a few that
+// are left out, it is gone through in full, and those are masked: that is cheaper than to gather
+// single elements of 16 bits.
+struct Axis {
+  const int32_t* list;
+  int32_t size, n_kept;
+  bool all, masked;  // at most one of them
+
+  __device__ Axis(const int32_t* list, const int32_t* n_kept, int32_t size, bool vectors)
+      : list(list), size(size), n_kept(n_kept == nullptr ? size : *n_kept) {
+    all = list == nullptr || this->n_kept == size;
+    masked = vectors && !all && this->n_kept >= size / 4;
+  }
+  // Positions on the axis, and the index at one of them.
+  __device__ int32_t n_positions() const {
+    return masked ? size : n_kept;
+  }
+  __device__ int32_t at(int32_t position) const {
+    return list == nullptr || masked ? position : list[position];
+  }
+  __device__ bool is_left_out(int32_t position) const {
+    return masked && !is_listed(list, n_kept, position);
+  }
+};
+
 // For depths that several blocks share: a tile of sums per block, and per tile the blocks done.
 template <class Sum>
 struct Workspace {
@@ -48,7 +87,8 @@ struct Workspace {
 template <class M>
 __device__ __forceinline__ void accumulate(
     const Product<typename M::Element>& p, const int32_t* a_outer, const int32_t* b_outer,
-    int32_t begin, int32_t end, int32_t n_rows, int32_t n_depths, typename M::Accumulator& acc) {
+    int32_t begin, int32_t end, const Axis& rows, const Axis& depths,
+    typename M::Accumulator& acc) {
   using T = typename M::Element;
   constexpr int kSizeA = M::LayoutA::kSize, kSizeB = M::LayoutB::kSize;
   extern __shared__ uint4 shared_memory[];
@@ -56,20 +96,19 @@ __device__ __forceinline__ void accumulate(
   T* const a_tiles = reinterpret_cast<T*>(shared_memory);
   T* const b_tiles = a_tiles + kStages * kSizeA;
   const int thread = threadIdx.x;
-  const bool rows_whole = p.rows == nullptr || n_rows == p.a.outer_size;
-  const bool depths_whole = p.depths == nullptr || n_depths == p.depth_size;
 
   const auto depth_id = [&](int32_t k) {
-    return k >= end ? -1 : p.depths == nullptr ? k : p.depths[k];
+    return k >= end || depths.is_left_out(k) ? -1 : depths.at(k);
   };
   const auto load = [&](int step) {
     const int slot = step % kStages;
-    TileIndices indices{a_outer, depth_ids[slot], begin + step * M::kK, n_depths};
+    TileIndices indices{a_outer, depth_ids[slot], begin + step * M::kK, end};
     load_tile<typename M::LayoutA, M::kM, M::kK, M::kThreads>(
-        a_tiles + slot * kSizeA, p.a, indices, rows_whole, depths_whole);
+        a_tiles + slot * kSizeA, p.a, indices, rows.all || rows.masked,
+        depths.all || depths.masked);
     indices.outer = b_outer;
     load_tile<typename M::LayoutB, M::kN, M::kK, M::kThreads>(
-        b_tiles + slot * kSizeB, p.b, indices, true, depths_whole);
+        b_tiles + slot * kSizeB, p.b, indices, true, depths.all);
   };
 
   const int steps = (end - begin + M::kK - 1) / M::kK;
@@ -98,8 +137,7 @@ __device__ __forceinline__ void accumulate(
     }
     copies_commit();
     if (step >= 0) {
-      const int slot = step % kStages;
-      M::multiply(a_tiles + slot * kSizeA, b_tiles + slot * kSizeB, acc);
+      M::multiply(a_tiles + step % kStages * kSizeA, b_tiles + step % kStages * kSizeB, acc);
     }
   }
   copies_wait<0>();
@@ -108,10 +146,11 @@ __device__ __forceinline__ void accumulate(
 // Leave this block's sums for the others of its tile. The last of them gets all: true.
 template <class M>
 __device__ __forceinline__ bool add_splits(
-    const Workspace<typename M::Sum>& workspace, int tile, int split, int splits,
+    const Workspace<typename M::Sum>& workspace, int item, int splits,
     typename M::Accumulator& acc) {
   constexpr int kTile = M::kSums * M::kThreads;
   __shared__ bool is_last;
+  const int tile = item / splits, split = item % splits;
   typename M::Sum* const sums = workspace.sums + int64_t{tile} * splits * kTile + threadIdx.x;
 #pragma unroll
   for (int i = 0; i < M::kSums; ++i) {
@@ -148,10 +187,16 @@ __global__ void __launch_bounds__(M::kThreads, kBlocksPerSm) product_kernel(
   if (p.active != nullptr && *p.active == 0) {
     return;
   }
-  const int32_t n_rows = p.n_rows == nullptr ? p.a.outer_size : *p.n_rows;
-  const int32_t n_depths = p.n_depths == nullptr ? p.depth_size : *p.n_depths;
+  constexpr bool kVectors = sizeof(typename M::Element) == 2;
+  const Axis rows(
+      p.rows, p.n_rows, p.a.outer_size,
+      kVectors && M::LayoutA::kOuterContiguous && p.a.outer_vectors);
+  const Axis depths(
+      p.depths, p.n_depths, p.depth_size,
+      kVectors && !M::LayoutA::kOuterContiguous && p.a.depth_vectors);
+  const int32_t n_rows = rows.n_positions(), n_depths = depths.n_positions();
   const int32_t n_cols = p.b.outer_size;
-  epilogue.before(n_rows);
+  epilogue.before(rows.n_kept);
 
   // How the work is cut.
   const int32_t col_tiles = num_blocks(n_cols, M::kN);
@@ -162,31 +207,41 @@ __global__ void __launch_bounds__(M::kThreads, kBlocksPerSm) product_kernel(
   if (workspace.sums != nullptr && 0 < tiles && tiles <= blocks / 2) {
     splits = max(1, min(blocks / tiles, steps / kMinSteps));
   }
-  const int32_t steps_per_split = (steps + splits - 1) / splits;
+  const int32_t depth_per_split = (steps + splits - 1) / splits * M::kK;
+  const int32_t items = tiles * splits;
 
-  for (int32_t item = blockIdx.x; item < tiles * splits; item += blocks) {
-    const int32_t tile = item / splits, split = item % splits;
+  for (int32_t item = blockIdx.x; item < items; item += blocks) {
+    const int32_t tile = item / splits;
     const int32_t m0 = tile / col_tiles * M::kM, n0 = tile % col_tiles * M::kN;
     __syncthreads();  // the last tile's indices have been used
     for (int i = threadIdx.x; i < M::kM; i += M::kThreads) {
-      a_outer[i] = m0 + i >= n_rows ? -1 : p.rows == nullptr ? m0 + i : p.rows[m0 + i];
+      a_outer[i] = m0 + i < n_rows ? rows.at(m0 + i) : -1;
     }
     for (int i = threadIdx.x; i < M::kN; i += M::kThreads) {
       b_outer[i] = n0 + i < n_cols ? n0 + i : -1;
     }
 
     typename M::Accumulator acc;
-    const int32_t begin = min(split * steps_per_split, steps) * M::kK;
-    const int32_t end = min(begin + steps_per_split * M::kK, n_depths);
-    accumulate<M>(p, a_outer, b_outer, begin, end, n_rows, n_depths, acc);
-    if (splits > 1 && !add_splits<M>(workspace, tile, split, splits, acc)) {
+    const int32_t begin = min((item % splits) * depth_per_split, n_depths);
+    const int32_t end = min(begin + depth_per_split, n_depths);
+    accumulate<M>(p, a_outer, b_outer, begin, end, rows, depths, acc);
+    if (splits > 1 && !add_splits<M>(workspace, item, splits, acc)) {
       continue;
+    }
+    if (rows.masked) {
+      __syncthreads();
+      for (int i = threadIdx.x; i < M::kM; i += M::kThreads) {
+        if (a_outer[i] >= 0 && rows.is_left_out(a_outer[i])) {
+          a_outer[i] = -1;
+        }
+      }
+      __syncthreads();
     }
     epilogue([&](const auto& f) {
       M::for_pairs(acc, [&](int m, int n, auto& value, auto& next) {
-        const int32_t row = a_outer[m], col = n0 + n;
-        if (row >= 0 && col < n_cols) {
-          f(row, col, value, next, col + 1 < n_cols);
+        const int32_t row = a_outer[m], col = b_outer[n];
+        if (row >= 0 && col >= 0) {
+          f(row, col, value, next, b_outer[n + 1] >= 0);
         }
       });
     });

@@ -1,4 +1,6 @@
 // C = A[rows][:, cols] @ B[cols, :], scattered into zeros (eq. 1).
+//
+// SASS: HMMA\.16816\.F32\.BF16, LDSM\.16\.M88\.4, LDSM\.16\.MT88\.4, LDGSTS\.E\.BYPASS\.128
 #include "store_product.cuh"
 
 namespace sparsegrad {

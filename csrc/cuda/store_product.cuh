@@ -11,28 +11,15 @@ struct StoreProduct {
   int32_t n_out_rows, n_cols;
   const int32_t* rows;  // kept, ascending
 
-  __device__ bool is_kept(int32_t row, int32_t n_rows) const {
-    int32_t low = 0, high = n_rows;
-    while (low < high) {
-      const int32_t middle = low + (high - low) / 2;
-      if (rows[middle] < row) {
-        low = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    return low < n_rows && rows[low] == row;
-  }
-
   // A warp per row, over the whole grid.
   __device__ void before(int32_t n_rows) const {
     if (n_rows == n_out_rows) {
       return;
     }
-    const int64_t n_warps = int64_t{gridDim.x} * (blockDim.x / 32);
-    for (int64_t row = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / 32; row < n_out_rows;
-         row += n_warps) {
-      if (!is_kept(row, n_rows)) {
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32;
+    for (int64_t row = int64_t{blockIdx.x} * warps + warp; row < n_out_rows;
+         row += int64_t{gridDim.x} * warps) {
+      if (!is_listed(rows, n_rows, row)) {
         for (int32_t col = threadIdx.x % 32; col < n_cols; col += 32) {
           out[row * n_cols + col] = static_cast<T>(0.0f);
         }

@@ -52,18 +52,20 @@ __device__ __forceinline__ void copy_tile(
   constexpr int kAlong = (kAlongDepth ? kDepth : kOuter) / kVector;
   constexpr int kCopies = kOuter * kDepth / kVector;
   static_assert(kCopies % kThreads == 0);
-  constexpr int kUnroll = kVector > 1 ? kCopies / kThreads : 1;
-#pragma unroll(kUnroll)
+#pragma unroll 1  // registers are scarce
   for (int i = threadIdx.x; i < kCopies; i += kThreads) {
     const int along = i % kAlong * kVector, across = i / kAlong;
     const int outer = kAlongDepth ? across : along, depth = kAlongDepth ? along : across;
     const int32_t outer_index = indices.outer[outer];
-    int32_t depth_index = indices.depth[depth];
-    const bool taken = outer_index >= 0 && depth_index >= 0;
-    if (!x.gather_depth) {
-      depth_index = indices.first_depth + depth;
-    }
-    const int64_t offset = outer_index * x.outer_stride + depth_index * x.depth_stride;
+    const int32_t position = indices.first_depth + depth;
+    // A vector along the depth is taken whole: the other operand has 0 where a depth is left out.
+    const bool by_position = kVector > 1 && kAlongDepth;
+    const int32_t listed = by_position ? position : indices.depth[depth];
+    const bool taken = outer_index >= 0 && 0 <= listed && position < indices.n_depth;
+    const int32_t depth_index = x.gather_depth ? listed : position;
+    const int64_t outer_stride = kVector > 1 && !kAlongDepth ? 1 : x.outer_stride;
+    const int64_t depth_stride = kVector > 1 && kAlongDepth ? 1 : x.depth_stride;
+    const int64_t offset = outer_index * outer_stride + depth_index * depth_stride;
     int valid = taken;
     if constexpr (kVector > 1) {  // as many as there are to the end of the axis
       const int left = kAlongDepth ? indices.n_depth - depth_index : x.outer_size - outer_index;
