@@ -79,7 +79,7 @@ inline __device__ void clear_counts(unsigned int* counts) {
 }
 
 template <class Key>
-__global__ void __launch_bounds__(kTopkThreads) count_first(Selection<Key> s) {
+__global__ void __launch_bounds__(kTopkThreads, 2) count_first(Selection<Key> s) {
   __shared__ unsigned int counts[kBins];
   clear_counts(counts);
   for_chunks_of_warp(s, [&](int64_t chunk) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kTopkThreads) count_first(Selection<Key> s) {
 
 // Stores the candidates, and counts their second digit.
 template <class Key>
-__global__ void __launch_bounds__(kTopkThreads) collect(Selection<Key> s) {
+__global__ void __launch_bounds__(kTopkThreads, 2) collect(Selection<Key> s) {
   __shared__ unsigned int counts[kBins];
   clear_counts(counts);
   constexpr int shift = shift_of<Key>(0);
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kTopkThreads) collect(Selection<Key> s) {
 }
 
 template <class Key>
-__global__ void __launch_bounds__(kTopkThreads) count_next(Selection<Key> s, int d) {
+__global__ void __launch_bounds__(kTopkThreads, 2) count_next(Selection<Key> s, int d) {
   __shared__ unsigned int counts[kBins];
   clear_counts(counts);
   const int shift = shift_of<Key>(d - 1);
@@ -170,7 +170,7 @@ __device__ void sum_before(const Selection<Key>& s) {
 }
 
 template <class Key>
-__global__ void __launch_bounds__(kTopkThreads) count_kept(Selection<Key> s) {
+__global__ void __launch_bounds__(kTopkThreads, 2) count_kept(Selection<Key> s) {
   const Key threshold = static_cast<Key>(s.progress->prefix);
   for_chunks_of_warp(s, [&](int64_t chunk) {
     int64_t above = 0, equal = 0;
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kTopkThreads) count_kept(Selection<Key> s) {
 }
 
 template <class Key>
-__global__ void __launch_bounds__(kTopkThreads) write(
+__global__ void __launch_bounds__(kTopkThreads, 2) write(
     Selection<Key> s, int64_t* __restrict__ indices, Key* __restrict__ values) {
   const Key threshold = static_cast<Key>(s.progress->prefix);
   const int64_t n_equal = static_cast<int64_t>(s.progress->k);
