@@ -36,8 +36,9 @@ __device__ inline uint32_t philox(uint64_t position, uint64_t seed) {
 }
 
 // Away from zero with the share of the gap between the two neighbours by which the sum is above
-// the lower. What is representable, and what equals the old element, stays; NaN, infinities and what
-// lies beyond the largest finite number go to the nearest. The bits are those of ops/_rounding.py.
+// the lower. What is representable, and what equals the old element, stays; NaN, infinities and
+// what lies beyond the largest finite number go to the nearest. The bits are those of
+// ops/_rounding.py.
 template <class T>
 struct RoundStochastic {
   static_assert(sizeof(T) == 2);
