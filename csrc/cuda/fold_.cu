@@ -29,7 +29,7 @@ __global__ void add_entries(
   for (int64_t e = first; e < n && keys[e] == keys[first]; ++e) {
     sum += static_cast<wide_t<T>>(values[positions[e] * value_stride]);
   }
-  weight(row, col) = round(sum, keys[first]);
+  weight(row, col) = round(sum, weight(row, col), keys[first]);
 }
 
 // ---- The dense product ----
@@ -59,9 +59,9 @@ struct AddProduct {
     asm volatile("" : "+l"(data));  // or the addresses would be kept for the writes: too many
     visit([&](int32_t row, int32_t col, auto value, auto next, bool has_next) {
       const int64_t element = row * weight.cols + col;
-      *at(data, row, col) = round(value, element);
+      *at(data, row, col) = round(value, *at(data, row, col), element);
       if (has_next) {
-        *at(data, row, col + 1) = round(next, element + 1);
+        *at(data, row, col + 1) = round(next, *at(data, row, col + 1), element + 1);
       }
     });
   }
@@ -81,16 +81,18 @@ void fold_in_basis(
   const SortedEntries entries =
       sort_entries(weight, {indices, v.size(0), u.size(0)}, left_first, stream);
 
-  const Tensor room = empty_on(weight, 2 * max_groups + 2, ScalarType::Int);
+  constexpr int kParts = Round::kParts;
+  const Tensor room = empty_on(weight, (kParts + 1) * max_groups + 2, ScalarType::Int);
   int32_t* const ints = static_cast<int32_t*>(room.mutable_data_ptr());
-  const Groups groups{ints, ints + max_groups, ints + 2 * max_groups + 1};
+  const Groups groups{
+      ints, ints + kParts * max_groups, ints + (kParts + 1) * max_groups + 1, kParts};
   find_groups<<<1, kScanThreads, 0, stream>>>(
       entries.key(), static_cast<int32_t>(n), kept_basis.size(0), basis.size(0), groups);
   check_launch();
 
-  // [groups, width], its rows padded to 16 bytes
+  // [parts * groups, width], its rows padded to 16 bytes
   const int64_t width = basis.size(1), pitch = (width + 7) / 8 * 8;
-  Tensor factor = torch::stable::new_empty(weight, {max_groups, pitch});
+  Tensor factor = torch::stable::new_empty(weight, {kParts * max_groups, pitch});
   factor = torch::stable::narrow(factor, 1, 0, width);
   launch_sparse_times<T>(
       groups, max_groups, entries, values, value_stride, matrix<T>(basis), factor, stream);
@@ -99,7 +101,7 @@ void fold_in_basis(
   launch_product<Multiply<T, true, true>>(
       weight, {.a = left_first ? made : kept,
                .b = left_first ? kept : made,
-               .depth_size = static_cast<int32_t>(kept_basis.size(0)),
+               .depth_size = static_cast<int32_t>(kParts * kept_basis.size(0)),
                .depths = groups.kept,
                .n_depths = groups.count},
       AddProduct<T, Round>{mutable_matrix<T>(weight), round});

@@ -6,9 +6,13 @@
 
 namespace sparsegrad {
 
+// kParts: in how many elements of T a factor of the sum is held, so that it is exact enough.
+
 template <class T>
 struct RoundNearest {
-  __device__ T operator()(wide_t<T> sum, int64_t /*element*/) const {
+  static constexpr int kParts = 1;
+
+  __device__ T operator()(wide_t<T> sum, T /*old*/, int64_t /*element*/) const {
     return static_cast<T>(sum);
   }
 };
@@ -32,15 +36,21 @@ __device__ inline uint32_t philox(uint64_t position, uint64_t seed) {
 }
 
 // Away from zero with the share of the gap between the two neighbours by which the sum is above
-// the lower. What is representable stays; NaN, infinities and what lies beyond the largest finite
-// number go to the nearest. The bits are those of ops/_rounding.py.
+// the lower. What is representable, and what equals the old element, stays; NaN, infinities and
+// what lies beyond the largest finite number go to the nearest. The bits are those of
+// ops/_rounding.py.
 template <class T>
 struct RoundStochastic {
   static_assert(sizeof(T) == 2);
   static constexpr bool kHalf = std::is_same_v<T, Half>;
+  static constexpr int kParts = 2;
   const int64_t* seed;
 
-  __device__ T operator()(float sum, int64_t element) const {
+  __device__ T operator()(float sum, T old, int64_t element) const {
+    const float before = static_cast<float>(old);
+    if (sum == before || before != before) {
+      return old;
+    }
     const float size = fabsf(sum);
     if (!(size <= (kHalf ? 65504.0f : 3.3895313892515355e38f))) {
       return static_cast<T>(sum);

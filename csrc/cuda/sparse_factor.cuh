@@ -8,10 +8,12 @@ namespace {
 
 constexpr int kScanThreads = 1024;
 
-// The entries of D by groups of equal outer index: group g has outer index kept[g] and entries
-// [begins[g], begins[g + 1]).
+// The entries of D by groups of equal outer index: group g has outer index kept[parts * g] and
+// entries [begins[g], begins[g + 1]). A group has `parts` rows of the factor, and so as many equal
+// elements of `kept`; `count` is that of rows.
 struct Groups {
   int32_t *kept, *begins, *count;
+  int parts;
 };
 
 __device__ int32_t lower_bound(const int64_t* keys, int32_t n, int64_t key) {
@@ -42,20 +44,23 @@ __global__ void __launch_bounds__(kScanThreads) find_groups(
     Scan(room).ExclusiveSum(static_cast<int32_t>(holds), before, found);
     __syncthreads();
     if (holds) {
-      groups.kept[count + before] = static_cast<int32_t>(outer);
+      for (int part = 0; part < groups.parts; ++part) {
+        groups.kept[(count + before) * groups.parts + part] = static_cast<int32_t>(outer);
+      }
       groups.begins[count + before] = begin;
     }
     count += found;
   }
   if (threadIdx.x == 0) {
     groups.begins[count] = n;
-    *groups.count = count;
+    *groups.count = count * groups.parts;
   }
 }
 
 constexpr int kFactorThreads = 128;
 
 // out[g, j] = sum over the entries of group g of value * basis[inner, j]; kVector columns a thread.
+// In two parts, out[2 g] is the sum in T and out[2 g + 1] what that lacks.
 template <class T, int kVector>
 __global__ void __launch_bounds__(kFactorThreads) sparse_times(
     Groups groups, const int64_t* __restrict__ keys, const int32_t* __restrict__ positions,
@@ -68,11 +73,11 @@ __global__ void __launch_bounds__(kFactorThreads) sparse_times(
   __shared__ int32_t inner[kFactorThreads];
   __shared__ Wide value[kFactorThreads];
   const int32_t group = blockIdx.x;
-  if (group >= *groups.count) {
+  if (group * groups.parts >= *groups.count) {
     return;
   }
   const int64_t col = (int64_t{blockIdx.y} * kFactorThreads + threadIdx.x) * kVector;
-  const int64_t first_key = groups.kept[group] * inner_size;
+  const int64_t first_key = groups.kept[group * groups.parts] * inner_size;
   const int32_t end = groups.begins[group + 1];
   Wide sum[kVector] = {};
   for (int32_t begin = groups.begins[group]; begin < end; begin += kFactorThreads) {
@@ -97,12 +102,17 @@ __global__ void __launch_bounds__(kFactorThreads) sparse_times(
     }
   }
   if (col < basis.cols) {
-    Vector rounded;
+    for (int part = 0; part < groups.parts; ++part) {
+      Vector rounded;
 #pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      rounded.at[j] = static_cast<T>(sum[j]);
+      for (int j = 0; j < kVector; ++j) {
+        rounded.at[j] = static_cast<T>(sum[j]);
+        const Wide left = sum[j] - static_cast<Wide>(rounded.at[j]);
+        sum[j] = left - left == 0 ? left : 0;  // nothing is left of what T cannot hold
+      }
+      const int64_t row = int64_t{group} * groups.parts + part;
+      *reinterpret_cast<Vector*>(out + row * out_stride + col) = rounded;
     }
-    *reinterpret_cast<Vector*>(out + group * out_stride + col) = rounded;
   }
 }
 
