@@ -39,15 +39,16 @@ def _flag(
     i = tile_outer * BLOCK_OUTER + tl.arange(0, BLOCK_OUTER)
     j = tile_inner * BLOCK_INNER + tl.arange(0, BLOCK_INNER)
 
-    # Load, widened: exact, and comparisons of narrow types are not native everywhere.
+    # Load.
     dtype = a_ptr.dtype.element_ty
-    wide: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
     offsets = i[:, None] * outer_stride + j[None, :] * inner_stride
     inside = (i < outer)[:, None] & (j < inner)[None, :]
-    a = tl.load(a_ptr + offsets, mask=inside, other=0.0).to(wide)  # [BLOCK_OUTER, BLOCK_INNER]
+    a = tl.load(a_ptr + offsets, mask=inside, other=0.0)  # [BLOCK_OUTER, BLOCK_INNER]
 
     # Compute: NaN is neither equal to 0 nor below tol.
     if HAS_TOL:
+        # Widened: exact, and comparisons of narrow types are not native everywhere.
+        wide: tl.constexpr = tl.float64 if dtype == tl.float64 else tl.float32
         # Rounded to the dtype of `a`, by way of float32, as PyTorch does with a Python number.
         tol = from_bits(tol_bits).to(wide)
         if dtype == tl.bfloat16:  # to nearest even, by hand: the interpreter's cast truncates
@@ -56,9 +57,15 @@ def _flag(
             tol = bits.to(tl.float32, bitcast=True)
         else:
             tol = tol.to(dtype).to(wide)
-        below = tl.abs(a) <= tol
+        below = tl.abs(a.to(wide)) <= tol
     else:
-        below = a == 0
+        # By the bits, all but the sign's: nothing may take the smallest numbers for zero.
+        if dtype.primitive_bitwidth == 64:
+            below = (a.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF) == 0
+        elif dtype.primitive_bitwidth == 32:
+            below = (a.to(tl.int32, bitcast=True) & 0x7FFFFFFF) == 0
+        else:
+            below = (a.to(tl.int16, bitcast=True) & 0x7FFF) == 0
     hit = tl.where(below | (inside == 0), 0, 1)
     outer_hit = tl.max(hit, 1)  # [BLOCK_OUTER]
     inner_hit = tl.max(hit, 0)  # [BLOCK_INNER]
