@@ -150,6 +150,13 @@ def _dense_buffer(g: Tensor, x: Tensor) -> Tensor:
     return g.new_empty(g.shape[1], x.shape[1])
 
 
+@implement("grad_weight_topk")
+def grad_weight_topk(g: Tensor, x: Tensor, k: int, tol: float) -> tuple[Tensor, Tensor]:
+    """Without a threshold there is nothing to fuse by: the product, then the selection from it."""
+    ops = getattr(torch.ops, NAMESPACE)
+    return ops.topk_coo(ops.sparse_dense_mm(g.T, x, tol), k)
+
+
 @implement("_grad_weight_topk_near")
 def grad_weight_topk_near(
     g: Tensor, x: Tensor, k: int, tol: float, threshold: Tensor
