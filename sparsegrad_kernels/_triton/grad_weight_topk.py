@@ -29,8 +29,8 @@ from ._radix import (
     magnitude_key,
 )
 from ._select import NEARED, Candidates, Segments, compiled_ahead, select, selection_ahead
-from .sparse_dense_mm import _row_left_out
-from .topk_coo import collect, collection_ahead, room
+from .sparse_dense_mm import _row_left_out, sparse_dense_mm
+from .topk_coo import collect, collection_ahead, room, topk_coo
 
 
 def _tile(m: int, n: int, k: int, warps: int) -> triton.Config:
@@ -153,8 +153,7 @@ def _dense_buffer(g: Tensor, x: Tensor) -> Tensor:
 @implement("grad_weight_topk")
 def grad_weight_topk(g: Tensor, x: Tensor, k: int, tol: float) -> tuple[Tensor, Tensor]:
     """Without a threshold there is nothing to fuse by: the product, then the selection from it."""
-    ops = getattr(torch.ops, NAMESPACE)
-    return ops.topk_coo(ops.sparse_dense_mm(g.T, x, tol), k)
+    return topk_coo(sparse_dense_mm(g.T, x, tol), k)
 
 
 @implement("_grad_weight_topk_near")
