@@ -105,7 +105,7 @@ def compile_entry(entry: Entry, target: Target, variant: str) -> Any:
 
 def usage(compiled: Any) -> Usage:
     if "cubin" in compiled.asm:
-        registers, stack = _cubin_usage(compiled.asm["cubin"])
+        registers, stack = _cubin_usage(compiled)
     else:
         assembly = compiled.asm["amdgcn"]
         fields = dict(re.findall(r"^\s*\.(\w+):\s+(\d+)$", assembly, re.MULTILINE))
@@ -117,14 +117,34 @@ def usage(compiled: Any) -> Usage:
     return Usage(registers, stack, metadata.shared, getattr(metadata, "tmem_size", 0) or 0)
 
 
-def _cubin_usage(cubin: bytes) -> tuple[int, int]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    fields = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
-    return int(fields["REG"]), int(fields["STACK"]) + int(fields["LOCAL"])
+def _cubin_usage(compiled: Any) -> tuple[int, int]:
+    """Registers, and bytes that spill."""
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(compiled.asm["cubin"])
+        text = _run_tool("cuobjdump", "--dump-resource-usage", str(cubin))
+        fields = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", text))
+        stack = int(fields["STACK"]) + int(fields["LOCAL"])
+        if stack == 0:
+            return int(fields["REG"]), 0
+        # A stack may hold other things than registers: the assembler tells.
+        ptx.write_text(compiled.asm["ptx"])
+        name = compiled.metadata.target.arch
+        tool = (
+            "ptxas_blackwell"
+            if name >= 100 and hasattr(knobs.nvidia, "ptxas_blackwell")
+            else "ptxas"
+        )
+        architecture = f"--gpu-name=sm_{name}{'a' if name >= 90 else ''}"
+        text = _run_tool(tool, "-v", architecture, "-o", os.devnull, str(ptx))
+        spilled = re.findall(r"(\d+) bytes spill stores", text)
+        return int(fields["REG"]), int(spilled[0]) if spilled else stack
+
+
+def _run_tool(tool: str, *arguments: str) -> str:
+    command = [getattr(knobs.nvidia, tool).path, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
 def measure(entry: Entry, target: Target, variant: str) -> dict[str, Any]:

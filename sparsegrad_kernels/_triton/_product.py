@@ -202,9 +202,8 @@ CONFIGS: dict[int, list[triton.Config]] = {
         _tile(32, 64, 64, 4, 3),  # few rows kept
     ],
     4: [
-        _tile(64, 64, 16, 4, 3),
+        _tile(64, 64, 16, 8, 3),
         _tile(128, 64, 32, 8, 3),  # large products
-        _tile(64, 128, 16, 8, 3),
         _tile(32, 32, 32, 4, 3),  # few rows kept
     ],
     8: [
