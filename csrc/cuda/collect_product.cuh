@@ -11,8 +11,8 @@ struct CollectProduct {
   const float* threshold;
   int32_t n_cols;
   // The kept, in no order: row * n_cols + col and the value.
-  int64_t* linear;    // [capacity]
-  T* values;          // [capacity]
+  int64_t* linear;  // [capacity]
+  T* values;        // [capacity]
   int64_t capacity;
   ShortlistState* state;
 
