@@ -18,6 +18,7 @@ from torch import Tensor
 from cases import DTYPES, SHAPES, TOLERANCE, orthogonal, sparse_matrix, strided_views
 from sparsegrad_kernels import SparseAdam, SparseGradLinear, ops
 from sparsegrad_kernels.basis import Basis
+from sparsegrad_kernels.ops.grad_weight_topk import SLACK
 
 DEVICE = torch.device(os.environ.get("SPARSEGRAD_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
@@ -452,6 +453,36 @@ def test_never_waits(op, dtype, generator):
     run(*on_device)  # compiles and tunes
     with no_sync():
         run(*on_device)
+
+
+@dtypes
+@pytest.mark.parametrize("in_graph", [False, True], ids=["small", "graph"])
+def test_threshold_is_judged_on_the_device(in_graph, dtype, generator):
+    """It serves, lets too many through or too few, or is none. Sums are exact."""
+    skip_if_reference("_grad_weight_topk_near")
+    tokens, n_out, n_in, k = 64, 130, 150, 10
+    g, x = (torch.randint(-1, 2, (tokens, n), generator=generator) for n in (n_out, n_in))
+    g[::3], g[:, ::5] = 0, 0
+    product = (g.T @ x).to(dtype)
+    threshold = torch.full((1,), torch.nan, device=DEVICE)
+    static = put(g.to(dtype)), put(x.to(dtype))
+
+    def run() -> tuple[Tensor, Tensor]:
+        return ops.grad_weight_topk(*static, k, threshold=threshold)
+
+    run()  # compiles and tunes
+    with no_sync():
+        run()
+    replay = captured(run) if in_graph else run
+    for scale in (1, 1, 8, 8, 0.125, 0.125, 0, 1, 1):
+        static[0].copy_((g * scale).to(dtype))
+        indices, values = listed(replay())  # type: ignore[arg-type]
+        wanted = product * scale
+        chosen = topk_oracle(wanted, k)
+        assert_bits(indices, torch.stack([chosen // n_in, chosen % n_in]))
+        torch.testing.assert_close(values.cpu(), wanted.reshape(-1)[chosen], rtol=0, atol=0)
+        least = wanted.reshape(-1)[chosen].abs().amin()
+        torch.testing.assert_close(threshold.cpu(), SLACK * least.float()[None])
 
 
 @few

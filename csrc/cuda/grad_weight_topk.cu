@@ -1,7 +1,8 @@
 // topk_coo(g^T x, k), without the tokens and the outputs whose g is zero.
 //
-// The product of one layer stays in the L2 cache, where topk_coo finds it.
-#include "store_product.cuh"
+// The product of one layer stays in the L2 cache, where topk_coo finds it. Near a threshold it is
+// not even made: see near.cuh.
+#include "near.cuh"
 
 namespace sparsegrad {
 namespace {
@@ -9,7 +10,28 @@ namespace {
 constexpr float kSlack = 0.8f;  // SLACK of ops/grad_weight_topk.py
 constexpr int kThreads = 1024;
 
-// g^T x [out, in]
+// g^T x [out, in], nothing of which is empty, as it is to be summed; what it reads must outlive it.
+struct GradWeight {
+  const Tensor &g, &x;
+  Tensor tokens, rows, counts;  // those of g that are not zero
+
+  GradWeight(const Tensor& g, const Tensor& x, double tol) : g(g), x(x) {
+    std::tie(tokens, rows, counts) = compact_indices(g, tol);
+  }
+
+  template <class T>
+  Product<T> product() const {
+    const int32_t* n = static_cast<const int32_t*>(counts.const_data_ptr());
+    return {.a = operand<T>(g, 1, true),
+            .b = operand<T>(x, 1, true),
+            .depth_size = static_cast<int32_t>(g.size(0)),
+            .rows = static_cast<const int32_t*>(rows.const_data_ptr()),
+            .depths = static_cast<const int32_t*>(tokens.const_data_ptr()),
+            .n_rows = n + 1,
+            .n_depths = n};
+  }
+};
+
 Tensor grad_weight(const Tensor& g, const Tensor& x, double tol) {
   Tensor out = torch::stable::new_empty(g, {g.size(1), x.size(1)});
   if (out.numel() == 0) {
@@ -18,30 +40,26 @@ Tensor grad_weight(const Tensor& g, const Tensor& x, double tol) {
   if (g.size(0) == 0) {
     return torch::stable::zero_(out);
   }
-  const auto [tokens, rows, counts] = compact_indices(g, tol);
-  const int32_t* n = static_cast<const int32_t*>(counts.const_data_ptr());
+  const GradWeight gradient(g, x, tol);
   dispatch_float(g.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
-    store_product<T>(
-        out, {.a = operand<T>(g, 1, true),
-              .b = operand<T>(x, 1, true),
-              .depth_size = static_cast<int32_t>(g.size(0)),
-              .rows = static_cast<const int32_t*>(rows.const_data_ptr()),
-              .depths = static_cast<const int32_t*>(tokens.const_data_ptr()),
-              .n_rows = n + 1,
-              .n_depths = n});
+    store_product<T>(out, gradient.product<T>());
   });
   return out;
 }
 
-std::tuple<Tensor, Tensor> grad_weight_topk(
-    const Tensor& g, const Tensor& x, int64_t k, double tol) {
+void check(const Tensor& g, const Tensor& x, int64_t k) {
   check_sizes("g", g);
   check_sizes("x", x);
   check_dtype("x", x, g.scalar_type());
   check_size("x", x.size(0), g.size(0));
   check_device("x", x, g);
   STD_TORCH_CHECK(k >= 1, "k must be at least 1, got ", k);
+}
+
+std::tuple<Tensor, Tensor> grad_weight_topk(
+    const Tensor& g, const Tensor& x, int64_t k, double tol) {
+  check(g, x, k);
   const DeviceGuard on_device(g.get_device_index());
   const NoGrad no_grad;
   const Tensor product = grad_weight(g, x, tol);
@@ -81,24 +99,40 @@ __global__ void __launch_bounds__(kThreads) carry(
   }
 }
 
+void carry_threshold(const Tensor& threshold, const Tensor& values) {
+  if (values.numel() == 0) {
+    return;
+  }
+  dispatch_float(values.scalar_type(), [&](auto t) {
+    using T = typename decltype(t)::type;
+    carry<T><<<1, kThreads, 0, current_stream(values)>>>(
+        static_cast<const T*>(values.const_data_ptr()), values.numel(),
+        static_cast<float*>(threshold.mutable_data_ptr()));
+    check_launch();
+  });
+}
+
 std::tuple<Tensor, Tensor> grad_weight_topk_near(
     const Tensor& g, const Tensor& x, int64_t k, double tol, const Tensor& threshold) {
+  check(g, x, k);
   check_dtype("threshold", threshold, ScalarType::Float);
   check_size("threshold", threshold.numel(), 1);
   check_device("threshold", threshold, g);
-  const auto [indices, values] = grad_weight_topk(g, x, k, tol);
   mark_written(threshold);
-  if (values.numel() > 0) {
-    const DeviceGuard on_device(g.get_device_index());
+  const DeviceGuard on_device(g.get_device_index());
+  const NoGrad no_grad;
+  std::tuple<Tensor, Tensor> entries;
+  if (g.size(0) == 0 || k >= g.size(1) * x.size(1)) {
+    entries = grad_weight_topk(g, x, k, tol);
+  } else {
+    const GradWeight gradient(g, x, tol);
     dispatch_float(g.scalar_type(), [&](auto t) {
       using T = typename decltype(t)::type;
-      carry<T><<<1, kThreads, 0, current_stream(g)>>>(
-          static_cast<const T*>(values.const_data_ptr()), values.numel(),
-          static_cast<float*>(threshold.mutable_data_ptr()));
-      check_launch();
+      entries = topk_near<T>(g, gradient.product<T>(), k, threshold);
     });
   }
-  return {indices, values};
+  carry_threshold(threshold, std::get<1>(entries));
+  return entries;
 }
 
 }  // namespace

@@ -292,4 +292,21 @@ void launch_product(
   check_launch();
 }
 
+// The same with the layouts that the operands ask for: alike whatever the epilogue, and so are the
+// sums, to the bit.
+template <class T, class Epilogue>
+void launch_product_of(const Tensor& like, const Product<T>& p, const Epilogue& epilogue) {
+  if constexpr (sizeof(T) > 2) {
+    return launch_product<Multiply<T, true, true>>(like, p, epilogue);
+  } else if (p.a.depth_stride == 1) {
+    if (p.b.depth_stride == 1) {
+      return launch_product<Multiply<T, false, false>>(like, p, epilogue);
+    }
+    return launch_product<Multiply<T, false, true>>(like, p, epilogue);
+  } else if (p.b.depth_stride == 1) {
+    return launch_product<Multiply<T, true, false>>(like, p, epilogue);
+  }
+  return launch_product<Multiply<T, true, true>>(like, p, epilogue);
+}
+
 }  // namespace sparsegrad

@@ -52,17 +52,7 @@ void store_product(const Tensor& out, const Product<T>& p) {
   const StoreProduct<T> epilogue{
       static_cast<T*>(out.mutable_data_ptr()), static_cast<int32_t>(out.size(0)),
       static_cast<int32_t>(out.size(1)), p.rows};
-  if constexpr (sizeof(T) > 2) {
-    return launch_product<Multiply<T, true, true>>(out, p, epilogue);
-  } else if (p.a.depth_stride == 1) {
-    if (p.b.depth_stride == 1) {
-      return launch_product<Multiply<T, false, false>>(out, p, epilogue);
-    }
-    return launch_product<Multiply<T, false, true>>(out, p, epilogue);
-  } else if (p.b.depth_stride == 1) {
-    return launch_product<Multiply<T, true, false>>(out, p, epilogue);
-  }
-  return launch_product<Multiply<T, true, true>>(out, p, epilogue);
+  launch_product_of(out, p, epilogue);
 }
 
 }  // namespace sparsegrad

@@ -4,10 +4,13 @@
 // entries that may be among the k largest are stored together, in order, where room is left; a chunk
 // for which there is none is read from the matrix again. So the result is the same whatever the order
 // in which chunks find room, and exact even if all entries are equal.
+//
+// A shortlist is gone through as if it were a contiguous matrix, of as many entries as it has.
 #pragma once
 
 #include "../select.h"
 #include "last_block.cuh"
+#include "shortlist.cuh"
 
 namespace sparsegrad {
 namespace {
@@ -33,6 +36,9 @@ struct Selection {
   bool contiguous;
   Key infinity;
   int64_t n, k, chunk_size, n_chunks, capacity;
+  Shortlist shortlist;
+  int64_t shortlist_chunk_size;
+  const int64_t* linear;  // of the shortlist's entries; null: a matrix's, which are their own
 
   Progress* progress;
   Count* counts;               // [digits, kBins]
@@ -47,16 +53,32 @@ struct Selection {
                ? static_cast<uint32_t>(linear) / static_cast<uint32_t>(c.cols)
                : linear / c.cols;
   }
-  __device__ Key load(int64_t linear) const {
+  __device__ Key load(int64_t position) const {
     if (contiguous) {
-      return c.data[linear];
+      return c.data[position];
     }
-    const int64_t i = row_of(linear);
-    return c(i, linear - i * c.cols);
+    const int64_t i = row_of(position);
+    return c(i, position - i * c.cols);
   }
 };
 
-// take(inside, bits, linear) for the entries of a chunk in order, 32 at a time, by all lanes.
+// For every kernel to begin with: from here on it is the shortlist that is selected from, where it
+// holds the k largest.
+template <class Key>
+__device__ void prefer_shortlist(Selection<Key>& s) {
+  if (s.shortlist.state == nullptr || s.shortlist.state->whole != 0) {
+    return;
+  }
+  s.c.data = static_cast<const Key*>(s.shortlist.values);
+  s.contiguous = true;
+  s.n = static_cast<int64_t>(s.shortlist.state->count);
+  s.chunk_size = s.shortlist_chunk_size;
+  s.n_chunks = num_blocks(s.n, s.chunk_size);
+  s.linear = s.shortlist.linear;
+}
+
+// take(inside, bits, position) for the entries of a chunk in order, 32 at a time, by all lanes; a
+// matrix's position is the linear index.
 template <class Key, class Take>
 __device__ void for_matrix(const Selection<Key>& s, int64_t chunk, const Take& take) {
   const int64_t begin = chunk * s.chunk_size;
@@ -64,9 +86,9 @@ __device__ void for_matrix(const Selection<Key>& s, int64_t chunk, const Take& t
   const int lane = threadIdx.x % 32;
 #pragma unroll 2
   for (int64_t first = begin; first < end; first += 32) {
-    const int64_t linear = first + lane;
-    const bool inside = linear < end;
-    take(inside, inside ? s.load(linear) : Key{0}, linear);
+    const int64_t position = first + lane;
+    const bool inside = position < end;
+    take(inside, inside ? s.load(position) : Key{0}, position);
   }
 }
 

@@ -80,6 +80,7 @@ inline __device__ void clear_counts(unsigned int* counts) {
 
 template <class Key>
 __global__ void __launch_bounds__(kTopkThreads, 2) count_first(Selection<Key> s) {
+  prefer_shortlist(s);
   __shared__ unsigned int counts[kBins];
   clear_counts(counts);
   for_chunks_of_warp(s, [&](int64_t chunk) {
@@ -93,6 +94,7 @@ __global__ void __launch_bounds__(kTopkThreads, 2) count_first(Selection<Key> s)
 // Stores the candidates, and counts their second digit.
 template <class Key>
 __global__ void __launch_bounds__(kTopkThreads, 2) collect(Selection<Key> s) {
+  prefer_shortlist(s);
   __shared__ unsigned int counts[kBins];
   clear_counts(counts);
   constexpr int shift = shift_of<Key>(0);
@@ -118,13 +120,13 @@ __global__ void __launch_bounds__(kTopkThreads, 2) collect(Selection<Key> s) {
     if (size == 0 || place < 0) {
       return;
     }
-    for_matrix(s, chunk, [&](bool inside, Key bits, int64_t linear) {  // from the cache
+    for_matrix(s, chunk, [&](bool inside, Key bits, int64_t position) {  // from the cache
       const bool taken = inside && (rank_of(bits, s.infinity) >> shift) >= prefix;
       const uint32_t mask = __ballot_sync(~0u, taken);
       if (taken) {
         const int64_t at = place + __popc(mask & ((1u << lane) - 1));
         s.stored_bits[at] = bits;
-        s.stored_offsets[at] = static_cast<uint32_t>(linear - chunk * s.chunk_size);
+        s.stored_offsets[at] = static_cast<uint32_t>(position - chunk * s.chunk_size);
       }
       place += __popc(mask);
     });
@@ -134,6 +136,7 @@ __global__ void __launch_bounds__(kTopkThreads, 2) collect(Selection<Key> s) {
 
 template <class Key>
 __global__ void __launch_bounds__(kTopkThreads, 2) count_next(Selection<Key> s, int d) {
+  prefer_shortlist(s);
   __shared__ unsigned int counts[kBins];
   clear_counts(counts);
   const int shift = shift_of<Key>(d - 1);
@@ -171,6 +174,7 @@ __device__ void sum_before(const Selection<Key>& s) {
 
 template <class Key>
 __global__ void __launch_bounds__(kTopkThreads, 2) count_kept(Selection<Key> s) {
+  prefer_shortlist(s);
   const Key threshold = static_cast<Key>(s.progress->prefix);
   for_chunks_of_warp(s, [&](int64_t chunk) {
     int64_t above = 0, equal = 0;
@@ -192,19 +196,21 @@ __global__ void __launch_bounds__(kTopkThreads, 2) count_kept(Selection<Key> s) 
 template <class Key>
 __global__ void __launch_bounds__(kTopkThreads, 2) write(
     Selection<Key> s, int64_t* __restrict__ indices, Key* __restrict__ values) {
+  prefer_shortlist(s);
   const Key threshold = static_cast<Key>(s.progress->prefix);
   const int64_t n_equal = static_cast<int64_t>(s.progress->k);
   const uint32_t before = (1u << threadIdx.x % 32) - 1;
   for_chunks_of_warp(s, [&](int64_t chunk) {
     int64_t equal = s.equal[chunk];
     int64_t at = output_begin(s.above[chunk], equal, n_equal);
-    for_candidates(s, chunk, [&](bool inside, Key bits, int64_t linear) {
+    for_candidates(s, chunk, [&](bool inside, Key bits, int64_t position) {
       const Key rank = rank_of(bits, s.infinity);
       const uint32_t equals = __ballot_sync(~0u, inside && rank == threshold);
       const bool kept =
           inside && is_kept(rank, threshold, equal + __popc(equals & before), n_equal);
       const uint32_t mask = __ballot_sync(~0u, kept);
       if (kept) {
+        const int64_t linear = s.linear == nullptr ? position : s.linear[position];
         const int64_t e = at + __popc(mask & before), i = s.row_of(linear);
         indices[e] = i;
         indices[s.k + e] = linear - i * s.c.cols;
@@ -243,7 +249,9 @@ struct Scratch {
 };
 
 template <class Key>
-void select(const Tensor& c, int64_t k, Key infinity, const Tensor& indices, const Tensor& values) {
+void select(
+    const Tensor& c, int64_t k, Key infinity, const Shortlist& shortlist, const Tensor& indices,
+    const Tensor& values) {
   Selection<Key> s{};
   s.c = matrix<Key>(c);
   s.contiguous = s.c.contiguous();
@@ -253,6 +261,9 @@ void select(const Tensor& c, int64_t k, Key infinity, const Tensor& indices, con
   s.chunk_size = kMinChunk * num_blocks(s.n, kMinChunk * kMaxChunks);
   s.n_chunks = num_blocks(s.n, s.chunk_size);
   s.capacity = std::min(s.n, 2 * k + kCandidateSlack);
+  s.shortlist = shortlist;
+  // Small, for many warps to have one: in no more chunks than the matrix.
+  s.shortlist_chunk_size = 32 * num_blocks(shortlist.capacity, 32 * s.n_chunks);
   const Scratch<Key> scratch(c, s);
   scratch.lend(s);
 
@@ -278,19 +289,24 @@ void select(const Tensor& c, int64_t k, Key infinity, const Tensor& indices, con
 std::tuple<Tensor, Tensor> topk_coo(const Tensor& c, int64_t k) {
   check_matrix("c", c);
   STD_TORCH_CHECK(k >= 1, "k must be at least 1, got ", k);
+  return topk_with_shortlist(c, k, Shortlist{});
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor> topk_with_shortlist(
+    const Tensor& c, int64_t k, const Shortlist& shortlist) {
   const DeviceGuard guard(c.get_device_index());
   k = std::min(k, c.size(0) * c.size(1));
   const Tensor indices = torch::stable::new_empty(c, {2, k}, ScalarType::Long);
   const Tensor values = empty_on(c, k, c.scalar_type());
   if (k > 0) {
     dispatch_bits(c.scalar_type(), [&](auto key, auto infinity) {
-      select<typename decltype(key)::type>(c, k, infinity, indices, values);
+      select<typename decltype(key)::type>(c, k, infinity, shortlist, indices, values);
     });
   }
   return {indices, values};
 }
-
-}  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(sparsegrad_kernels, CUDA, m) {
   m.impl("topk_coo", TORCH_BOX(&topk_coo));
