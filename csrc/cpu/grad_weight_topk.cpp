@@ -39,10 +39,8 @@ std::tuple<Tensor, Tensor> fused(
   const bool all_tokens = static_cast<int64_t>(kept.rows.size()) == g.size(0);
   std::vector<int64_t> all_in(n_in);
   const Tensor right = gather(x, kept.rows, all_in);  // [kept tokens, in]
-  if (g.scalar_type() == ScalarType::Float && n_kept > 0 && !kept.rows.empty()) {
-    if (auto found = screened_topk(gather(g, kept.rows, kept.cols), right, k, kept.cols)) {
-      return *found;
-    }
+  if (auto found = screened_topk(g, kept, right, k)) {
+    return *found;
   }
 
   const int64_t step = std::max<int64_t>(16, kBlock / n_in);

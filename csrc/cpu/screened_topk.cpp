@@ -75,8 +75,10 @@ SPARSEGRAD_INLINE inline void round_lanes(
   }
 }
 
-// `m` has adjacent rows or adjacent columns; the result is of the same kind.
-Rounded round_columns(Matrix<const float> m) {
+// `m` has adjacent rows or adjacent columns, and so has the result. Of its rows those in `rows`.
+Rounded round_columns(Matrix<const float> all, const std::vector<int64_t>& rows) {
+  Matrix<const float> m = all;
+  m.rows = static_cast<int64_t>(rows.size());
   Rounded out{{}, std::vector<float>(m.cols), std::vector<float>(m.cols)};
   const bool by_rows = m.col_stride == 1;
   Tensor values = by_rows ? empty({m.rows, m.cols}, ScalarType::BFloat16)
@@ -89,8 +91,8 @@ Rounded round_columns(Matrix<const float> m) {
         std::vector<double> squares(end - begin), errors(end - begin);
         for (int64_t i = 0; i < m.rows; ++i) {
           round_lanes(
-              m.row(i) + begin, data + i * m.cols + begin, end - begin, squares.data(),
-              errors.data());
+              all.row(rows[i]) + begin, data + i * m.cols + begin, end - begin,
+              squares.data(), errors.data());
         }
         for (int64_t j = begin; j < end; ++j) {
           out.norm[j] = norm_of(squares[j - begin]);
@@ -208,9 +210,12 @@ class Screened {
 };
 
 // The candidates' linear indices in the compacted product; nothing if they are too many.
-std::optional<std::vector<int64_t>> screen(const Tensor& left, const Tensor& right, int64_t k) {
-  const int64_t n_rows = left.size(1), n_cols = right.size(1), n = left.size(0);
-  const Rounded b = round_columns(matrix<float>(right));
+std::optional<std::vector<int64_t>> screen(
+    const Tensor& left, const std::vector<int64_t>& tokens, const Tensor& right, int64_t k) {
+  const int64_t n_rows = left.size(1), n_cols = right.size(1), n = right.size(0);
+  std::vector<int64_t> all(n);
+  std::iota(all.begin(), all.end(), 0);
+  const Rounded b = round_columns(matrix<float>(right), all);
   // Sums in float32 are off by at most n ulps of the product of norms, in s and in what is
   // computed for the candidates.
   std::vector<float> b_norm(n_cols), b_error(n_cols);
@@ -230,7 +235,8 @@ std::optional<std::vector<int64_t>> screen(const Tensor& left, const Tensor& rig
   for (int64_t begin = 0; begin < n_rows; begin += step) {
     const int64_t rows = std::min(step, n_rows - begin);
     Tensor source = left, product = torch::stable::narrow(block, 0, 0, rows);
-    const Rounded a = round_columns(matrix<float>(torch::stable::narrow(source, 1, begin, rows)));
+    const Rounded a =
+        round_columns(matrix<float>(torch::stable::narrow(source, 1, begin, rows)), tokens);
     if (!all_finite(a.norm) || !all_finite(a.error)) {
       return {};
     }
@@ -297,13 +303,16 @@ void pack(Matrix<const float> m, int64_t begin, int64_t n, int64_t padded, float
 
 // Their bits. A chunk of the sums at a time, for which B's chunk stays in the cache.
 std::vector<int32_t> products_at(
-    Matrix<const float> left, Matrix<const float> right, const std::vector<int64_t>& linear) {
+    Matrix<const float> left,
+    const std::vector<int64_t>& tokens,
+    Matrix<const float> right,
+    const std::vector<int64_t>& linear) {
   constexpr int64_t kStep = 2 * kLanes;
   const int64_t n_linear = static_cast<int64_t>(linear.size());
   const int64_t chunk = std::clamp<int64_t>(kPacked / right.cols / kStep, 1, 16) * kStep;
   std::vector<float> sums(n_linear * kLanes), packed(right.cols * chunk);
-  for (int64_t begin = 0; begin < left.rows; begin += chunk) {
-    const int64_t n = std::min(chunk, left.rows - begin);
+  for (int64_t begin = 0; begin < right.rows; begin += chunk) {
+    const int64_t n = std::min(chunk, right.rows - begin);
     const int64_t padded = (n + kStep - 1) / kStep * kStep;
     pack(right, begin, n, padded, packed.data());
     for_range(n_linear, 1 << 10, [&](int64_t first, int64_t last) {
@@ -316,7 +325,7 @@ std::vector<int32_t> products_at(
             row_begin = row * right.cols;
             row_end = row_begin + right.cols;
             for (int64_t i = 0; i < n; ++i) {
-              a[i] = left(begin + i, row);
+              a[i] = left(tokens[begin + i], row);
             }
           }
           const float* b = packed.data() + (linear[c] - row_begin) * padded;
@@ -340,21 +349,29 @@ bool has_adjacent(const Tensor& m) {
 }  // namespace
 
 std::optional<std::tuple<Tensor, Tensor>> screened_topk(
-    const Tensor& left, const Tensor& right, int64_t k, const std::vector<int64_t>& row_of) {
-  const int64_t n_rows = left.size(1), n_cols = right.size(1), n = left.size(0);
-  if (!has_fast_bfloat16() || left.scalar_type() != ScalarType::Float || !has_adjacent(left) ||
-      !has_adjacent(right) || k > n_rows * n_cols / 32 || n_rows * n_cols < kLeast / n) {
+    const Tensor& g, const RowsCols& kept, const Tensor& right, int64_t k) {
+  const int64_t n_rows = static_cast<int64_t>(kept.cols.size());
+  const int64_t n_cols = right.size(1), n = right.size(0);
+  if (!has_fast_bfloat16() || g.scalar_type() != ScalarType::Float || !has_adjacent(g) ||
+      !has_adjacent(right) || n == 0 || k > n_rows * n_cols / 32 || n_rows * n_cols < kLeast / n) {
     return {};
   }
-  auto found = screen(left, right, k);
+  // Tokens of adjacent outputs are read where they are; else what is kept is gathered.
+  Tensor left = g;
+  std::vector<int64_t> tokens = kept.rows;
+  if (n_rows < g.size(1) || g.stride(1) != 1) {
+    left = gather(g, kept.rows, kept.cols);
+    std::iota(tokens.begin(), tokens.end(), 0);
+  }
+  auto found = screen(left, tokens, right, k);
   if (!found) {
     return {};
   }
   std::vector<int64_t>& linear = *found;
   const std::vector<int32_t> bits =
-      products_at(matrix<float>(left), matrix<float>(right), linear);
+      products_at(matrix<float>(left), tokens, matrix<float>(right), linear);
   for (int64_t& index : linear) {
-    index = row_of[index / n_cols] * n_cols + index % n_cols;
+    index = kept.cols[index / n_cols] * n_cols + index % n_cols;
   }
   std::vector<Candidates<int32_t>> candidates;
   candidates.emplace_back(k, infinity_bits<float>(), 0, static_cast<int64_t>(linear.size()));
