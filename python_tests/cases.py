@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
+
+from sparsegrad_kernels import backends
+
+# Whether Triton's kernels serve the CPU tensors of these tests.
+INTERPRETING = backends()["triton"].loaded and os.environ.get("TRITON_INTERPRET") == "1"
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

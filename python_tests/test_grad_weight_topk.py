@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import DTYPES, TOLERANCE, sparse_matrix, strided_views
-from sparsegrad_kernels import backends
+from cases import DTYPES, INTERPRETING, TOLERANCE, sparse_matrix, strided_views
 from sparsegrad_kernels.ops import grad_weight_topk, topk_coo
 from sparsegrad_kernels.ops.grad_weight_topk import SLACK
 
@@ -147,7 +146,7 @@ def test_threshold_keeps_what_it_was_when_nothing_is_selected():
     assert threshold.item() == torch.tensor(SLACK * 4.0).item()
 
 
-@pytest.mark.skipif(not backends()["triton"].loaded, reason="of the Triton kernels")
+@pytest.mark.skipif(not INTERPRETING, reason="of the Triton kernels, in their interpreter")
 def test_dense_product_is_made_only_where_the_threshold_does_not_serve(generator, monkeypatch):
     from sparsegrad_kernels._triton import grad_weight_topk as kernels
 
