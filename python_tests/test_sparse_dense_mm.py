@@ -34,7 +34,7 @@ def check(a: torch.Tensor, b: torch.Tensor, tol: float = 0.0) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tol", [0.0, 0.8])
+@pytest.mark.parametrize("tol", [0.0, 0.75])  # exact in every dtype: the oracle rounds none
 @pytest.mark.parametrize("d", [1, 13, 0])
 def test_equals_oracle(shape, dtype, tol, d, generator):
     a = sparse_matrix(*shape, dtype, generator)
