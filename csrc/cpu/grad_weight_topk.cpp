@@ -11,6 +11,8 @@ namespace sparsegrad {
 namespace {
 
 constexpr int64_t kBlock = 1 << 17;  // elements of the product made at a time
+constexpr int64_t kFewTokens = 512;  // whose product costs no more than searching it by blocks
+constexpr int64_t kSmall = 1 << 23;  // elements that may be held
 
 // Rows [begin, end) of the product's compacted rows, and the zero rows before each, to `out`.
 template <class Key>
@@ -103,6 +105,12 @@ std::tuple<Tensor, Tensor> grad_weight_topk(
     return topk_of(product_of(torch::stable::transpose(g, 0, 1), x, tol), k);
   }
   const RowsCols kept = find_rows_cols(g, tol);
+  const bool all_outputs = static_cast<int64_t>(kept.cols.size()) == g.size(1);
+  if (all_outputs && n <= kSmall && static_cast<int64_t>(kept.rows.size()) < kFewTokens) {
+    std::vector<int64_t> all_in(x.size(1));
+    Tensor left = gather(g, kept.rows, kept.cols);
+    return topk_of(mm(torch::stable::transpose(left, 0, 1), gather(x, kept.rows, all_in)), k);
+  }
   return dispatch_bits(g.scalar_type(), [&](auto t, auto infinity) {
     return fused<typename decltype(t)::type>(g, x, k, infinity, kept);
   });

@@ -15,7 +15,8 @@
 namespace sparsegrad {
 namespace {
 
-constexpr int64_t kLeast = 1 << 28;      // multiply-adds from which the screening pays
+constexpr int64_t kLeast = 1 << 28;      // multiply-adds from which the screening pays,
+constexpr int64_t kLeastDepth = 512;     // and for each entry
 constexpr int64_t kBlock = 5 << 18;      // elements of the product made at a time
 constexpr int64_t kMost = 12;            // more than 1 / kMost of all entries are too many candidates
 constexpr int64_t kSlack = 1 << 16;      // candidates held beyond 4 k before they are sifted
@@ -353,7 +354,7 @@ std::optional<std::tuple<Tensor, Tensor>> screened_topk(
   const int64_t n_rows = static_cast<int64_t>(kept.cols.size());
   const int64_t n_cols = right.size(1), n = right.size(0);
   if (!has_fast_bfloat16() || g.scalar_type() != ScalarType::Float || !has_adjacent(g) ||
-      !has_adjacent(right) || n == 0 || k > n_rows * n_cols / 32 || n_rows * n_cols < kLeast / n) {
+      !has_adjacent(right) || n < kLeastDepth || k > n_rows * n_cols / 32 || n_rows * n_cols < kLeast / n) {
     return {};
   }
   // Tokens of adjacent outputs are read where they are; else what is kept is gathered.
