@@ -1,4 +1,6 @@
 // rows and cols of nonzero_rows_cols as int32, padded with -1 to [b] and [c], and their counts.
+//
+// SASS: LDG\.E\.128, VOTE
 #include "rows_cols.cuh"
 
 namespace sparsegrad {
