@@ -146,6 +146,15 @@ def test_broken_library_is_a_warning_or_when_forced_an_error(bare, backend, libr
     assert str(path) in import_error(bare, backend, before=cuda)
 
 
+def test_broken_triton_kernels_do_not_take_the_package_along(bare):
+    (bare / PACKAGE.name / "_triton" / "broken.py").write_text("raise AttributeError('too old')")
+    cuda = "torch.version.cuda = '13.0'"
+    found = loaded(bare, before=cuda)
+    assert not found["triton"]["loaded"]
+    assert "Warning: the triton kernels did not load: too old" in found["stderr"]
+    assert import_error(bare, "triton", before=cuda).endswith("SPARSEGRAD_BACKEND=triton: too old")
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA")
 def test_cuda_is_not_loaded_under_a_cpu_torch(bare):
     (bare / PACKAGE.name / f"_C_cuda{EXTENSION_SUFFIXES[0]}").write_bytes(b"not a library")

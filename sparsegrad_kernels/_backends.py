@@ -121,7 +121,9 @@ def _load_all(forced: str) -> dict[str, Backend]:
             continue
         try:
             found[name] = Backend(name, True, *load())
-        except (_Unavailable, ImportError, OSError) as error:
+        except (
+            Exception
+        ) as error:  # a backend that breaks is said, and does not take the others along
             if forced:
                 raise ImportError(f"SPARSEGRAD_BACKEND={forced}: {error}") from error
             if not isinstance(error, _Unavailable):
