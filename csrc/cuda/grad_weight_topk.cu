@@ -28,7 +28,8 @@ struct GradWeight {
             .rows = static_cast<const int32_t*>(rows.const_data_ptr()),
             .depths = static_cast<const int32_t*>(tokens.const_data_ptr()),
             .n_rows = n + 1,
-            .n_depths = n};
+            .n_depths = n,
+            .tf32 = allows_tf32(g.scalar_type())};
   }
 };
 
