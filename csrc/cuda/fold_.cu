@@ -6,6 +6,8 @@
 //
 // Entries are sorted first, so sums have one order and bits do not vary. |C| and |R| are known on
 // the device only: the way is chosen by what they are at most.
+//
+// SASS: HMMA\.16816\.F32\.BF16, HMMA\.1688\.F32\.TF32
 #include "product.cuh"
 #include "round.cuh"
 #include "sparse_factor.cuh"

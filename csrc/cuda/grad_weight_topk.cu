@@ -2,6 +2,8 @@
 //
 // The product of one layer stays in the L2 cache, where topk_coo finds it. Near a threshold it is
 // not even made: see near.cuh.
+//
+// SASS: HMMA\.16816\.F32\.BF16, HMMA\.1688\.F32\.TF32
 #include "near.cuh"
 
 namespace sparsegrad {

@@ -19,8 +19,8 @@ struct TensorCoreTf32 : WarpTiles {
   using LayoutA = TileLayout<float, kM, kK, kAOuterContiguous, kAOuterContiguous ? 8 : 4>;
   using LayoutB = TileLayout<float, kN, kK, kBOuterContiguous, kBOuterContiguous ? 8 : 4>;
 
-  // Four 8 x 4 tiles: at outer, or that + 8 in those of which the bit is set in `kOuterBits`, and
-  // the same with depth, + 4 and `kDepthBits`.
+  // Four 8 x 4 tiles: the i-th at outer + 8 where bit i of kOuterBits is set, and at depth + 4 where
+  // that of kDepthBits is.
   template <class Layout, int kOuterBits, int kDepthBits>
   static __device__ __forceinline__ void load(
       uint32_t (&to)[4], const float* tile, int outer, int depth) {

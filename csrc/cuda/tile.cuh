@@ -17,8 +17,8 @@ struct Operand {
   bool outer_vectors, depth_vectors;
 };
 
-// A tile in shared memory. Rows are padded by 16 bytes, so that reading a column of vectors meets
-// all banks, or by kPadding elements.
+// A tile in shared memory. Rows are padded, by default by 16 bytes: reading a column of vectors
+// then meets all banks.
 template <
     class T, int kOuter, int kDepth, bool kOuterContiguous_, int kPadding = 16 / sizeof(T)>
 struct TileLayout {
