@@ -31,6 +31,8 @@ SIZES = {"small": (37, 21, 19), "large": (515, 1037, 390)}
 sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
 HYPER = (2**-7, 0.9, 0.99, 1e-6)  # lr as a float32 is exact
 ADAM = (3, *HYPER)
+# With both factors of a product rounded to the 11 bits of tf32, 2^-10: in tolerances of float32.
+TF32 = 1e-3 / TOLERANCE[torch.float32]
 # Output sizes that depend on the data have to be read, once, by contract.
 WAITING = ("nonzero_rows_cols", "sparse_dense_mm_coo")
 OPS = (
@@ -62,6 +64,18 @@ def no_sync() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@contextmanager
+def multiplied_as(precision: str) -> Iterator[None]:
+    """How torch may multiply float32 matrices: "tf32" or "ieee"."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = precision
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def put(t: Tensor) -> Tensor:
@@ -256,28 +270,32 @@ def test_grad_weight_topk_where_sums_are_exact(size, dtype, generator):
                 )
 
 
-@dtypes
-@sizes
-def test_grad_weight_topk(size, dtype, generator):
-    """Each entry is right, and none that was left out is larger, beyond rounding."""
-    tokens, n_out, n_in = size
-    g = sparse_matrix(tokens, n_out, dtype, generator)
-    x = torch.randn(tokens, n_in, generator=generator).to(dtype)
+def check_grad_weight_topk(g: Tensor, x: Tensor, k: int, factor: float = 1) -> Tensor:
+    """Each entry is right, and none that was left out is larger, beyond rounding: the values."""
     oracle, scale = g.double().T @ x.double(), g.double().abs().T @ x.double().abs()
-    slack = TOLERANCE[dtype] * scale
-    k = n_out * n_in // 100 + 1
+    slack = factor * TOLERANCE[g.dtype] * scale
     on_device = put(g), put(x)
     indices, values = ops.grad_weight_topk(*on_device, k)
     again = ops.grad_weight_topk(*on_device, k)
     assert_bits(again[0], indices)
     assert_bits(again[1], values)
     at = tuple(indices.cpu())
-    linear = at[0] * n_in + at[1]
+    linear = at[0] * x.shape[1] + at[1]
     assert len(linear) == k and bool((linear[1:] > linear[:-1]).all())
-    assert_close(values, oracle[at], scale[at])
+    assert_close(values, oracle[at], scale[at], factor)
     left_out = oracle.abs() - slack
     left_out[at] = -1
     assert (oracle.abs() + slack)[at].min() >= left_out.max()
+    return values
+
+
+@dtypes
+@sizes
+def test_grad_weight_topk(size, dtype, generator):
+    tokens, n_out, n_in = size
+    g = sparse_matrix(tokens, n_out, dtype, generator)
+    x = torch.randn(tokens, n_in, generator=generator).to(dtype)
+    check_grad_weight_topk(g, x, n_out * n_in // 100 + 1)
 
 
 @dtypes
@@ -325,6 +343,117 @@ def test_fold_without_a_basis(size, dtype, generator):
     on_device = put(weight)
     ops.fold_(on_device, None, None, put(indices), put(values))
     assert_close(on_device, oracle, scale, factor=2)
+
+
+# ---- float32 as tf32 ----
+
+
+def float32_product(op: str, size, layout: str, factor: float, seed: int) -> Tensor:
+    """What `op` computes of random float32 matrices: right but for `factor` times the tolerance."""
+    tokens, n_out, n_in = size
+    generator = torch.Generator().manual_seed(seed)
+    if op == "fold_":
+        arguments = fold_arguments(size, torch.float32, generator)
+        weight, u, v = (strided_views(put(t))[layout] for t in arguments[:3])
+        ops.fold_(weight, u, v, *(put(t) for t in arguments[3:]))
+        assert_close(weight, *fold_oracle(*arguments), 2 * factor)
+        return weight
+    a = sparse_matrix(tokens, n_out, torch.float32, generator)
+    if op == "grad_weight_topk":
+        x = torch.randn(tokens, n_in, generator=generator)
+        left, right = strided_views(a)[layout], strided_views(x)[layout]
+        return check_grad_weight_topk(left, right, n_out * n_in // 100 + 1, factor)
+    b = torch.randn(n_out, n_in, generator=generator)
+    left, right = (strided_views(put(t))[layout] for t in (a, b))
+    oracle, scale = a.double() @ b.double(), a.double().abs() @ b.double().abs()
+    if op == "sparse_dense_mm_coo":
+        rows, _ = nonzero_oracle(a, 0.0)
+        _, values = ops.sparse_dense_mm_coo(left, right)
+        assert_close(values, oracle[rows].reshape(-1), scale[rows].reshape(-1), factor)
+        return values
+    product = ops.sparse_dense_mm(left, right)
+    assert_close(product, oracle, scale, factor)
+    return product
+
+
+@pytest.mark.parametrize(
+    "op", ["sparse_dense_mm", "sparse_dense_mm_coo", "grad_weight_topk", "fold_"]
+)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+@sizes
+def test_float32_is_tf32_where_torch_may(size, layout, op, generator):
+    seed = generator.initial_seed()
+    before = torch.backends.cuda.matmul.fp32_precision
+    with multiplied_as("ieee"):
+        exact = float32_product(op, size, layout, 1, seed)
+    with multiplied_as("tf32"):
+        rounded = float32_product(op, size, layout, TF32, seed)
+    assert torch.backends.cuda.matmul.fp32_precision == before
+    skip_if_reference(op)
+    with multiplied_as("ieee"):
+        assert_bits(float32_product(op, size, layout, 1, seed), exact)
+    if ON_GPU and op != "sparse_dense_mm_coo":  # whose product may be cuBLAS's affair
+        assert not torch.equal(rounded, exact)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+@sizes
+def test_products_near_a_threshold_round_alike(size, precision, generator):
+    """And so the threshold decides nothing, to the bit, where the product is rounded."""
+    tokens, n_out, n_in = size
+    g = put(sparse_matrix(tokens, n_out, torch.float32, generator))
+    x = put(torch.randn(tokens, n_in, generator=generator))
+    k = n_out * n_in // 100 + 1
+    threshold = torch.full((1,), torch.nan, device=DEVICE)
+    with multiplied_as(precision):
+        whole = ops.grad_weight_topk(g, x, k, threshold=threshold)
+        near = ops.grad_weight_topk(g, x, k, threshold=threshold)
+    assert_bits(near[0], whole[0])
+    assert_bits(near[1], whole[1])
+
+
+def test_tf32_of_what_is_not_finite_small(generator):
+    a, b = torch.rand(37, 21, generator=generator), torch.rand(21, 19, generator=generator) + 1
+    a[3, 4], a[5, 6] = torch.inf, torch.nan
+    with multiplied_as("tf32"):
+        product = ops.sparse_dense_mm(put(a), put(b)).cpu()
+    assert bool((product[3] == torch.inf).all()) and bool(product[5].isnan().all())
+    finite = [i for i in range(37) if i not in (3, 5)]
+    oracle = a[finite].double() @ b.double()
+    assert_close(product[finite], oracle, oracle, TF32)
+
+
+def test_tf32_from_the_autograd_thread_small(generator):
+    a = sparse_matrix(37, 21, torch.float32, generator)
+    b = torch.randn(21, 19, generator=generator)
+    grad = torch.randn(37, 19, generator=generator)
+    left, right = (put(t).requires_grad_() for t in (a, b))
+    with multiplied_as("tf32"):
+        ops.sparse_dense_mm(left, right).backward(put(grad))
+    assert left.grad is not None and right.grad is not None
+    a, b, grad = a.double(), b.double(), grad.double()
+    assert_close(left.grad, grad @ b.T, grad.abs() @ b.T.abs(), TF32)
+    assert_close(right.grad, a.T @ grad, a.T.abs() @ grad.abs(), TF32)
+
+
+@pytest.mark.parametrize("op", ["sparse_dense_mm", "grad_weight_topk", "fold_"])
+def test_tf32_in_a_graph(op, generator):
+    skip_if_reference(op)
+    run, inputs, n_written = example(op, torch.float32, 0.5, generator)
+    static, eager = [put(t) for t in inputs], [put(t) for t in inputs]
+    with multiplied_as("tf32"):
+        expected = run(*eager)
+        with no_sync():
+            run(*[t.clone() for t in static])
+        replay = captured(lambda: run(*static))
+    for tensor, value in zip(static, inputs, strict=True):
+        tensor.copy_(value)
+    got = replay()  # of what was captured, though the flag is off again
+    if ON_GPU:
+        for one, other in zip(listed(got), listed(expected), strict=True):  # type: ignore[arg-type]
+            assert_bits(one, other)
+        for one, other in zip(static[:n_written], eager[:n_written], strict=True):
+            assert_bits(one, other)
 
 
 @pytest.mark.parametrize("op", OPS)

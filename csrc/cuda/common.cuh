@@ -42,6 +42,18 @@ inline int multiprocessors(const Tensor& t) {
   return count;
 }
 
+// Whether the user lets torch multiply matrices of this dtype as tf32, now. torch's flag is not part
+// of the stable ABI; the operator reads it in Python, on the host.
+inline bool allows_tf32(ScalarType dtype) {
+  if (dtype != ScalarType::Float) {
+    return false;
+  }
+  std::array<StableIValue, 1> stack{};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
+      "sparsegrad_kernels::_allow_tf32", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<bool>(stack[0]);
+}
+
 // How many blocks of `size` elements hold n.
 constexpr int64_t num_blocks(int64_t n, int64_t size) {
   return (n + size - 1) / size;

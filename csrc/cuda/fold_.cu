@@ -6,6 +6,8 @@
 //
 // Entries are sorted first, so sums have one order and bits do not vary. |C| and |R| are known on
 // the device only: the way is chosen by what they are at most.
+//
+// SASS: HMMA\.16816\.F32\.BF16, HMMA\.1688\.F32\.TF32
 #include "product.cuh"
 #include "round.cuh"
 #include "sparse_factor.cuh"
@@ -98,12 +100,15 @@ void fold_in_basis(
       groups, max_groups, entries, values, value_stride, matrix<T>(basis), factor, stream);
 
   const Operand<T> made = operand<T>(factor, 1, false), kept = operand<T>(kept_basis, 1, true);
-  launch_product<Multiply<T, true, true>>(
-      weight, {.a = left_first ? made : kept,
-               .b = left_first ? kept : made,
-               .depth_size = static_cast<int32_t>(kParts * kept_basis.size(0)),
-               .depths = groups.kept,
-               .n_depths = groups.count},
+  launch_product_as<true, true>(
+      weight,
+      Product<T>{
+          .a = left_first ? made : kept,
+          .b = left_first ? kept : made,
+          .depth_size = static_cast<int32_t>(kParts * kept_basis.size(0)),
+          .depths = groups.kept,
+          .n_depths = groups.count,
+          .tf32 = allows_tf32(weight.scalar_type())},
       AddProduct<T, Round>{mutable_matrix<T>(weight), round});
 }
 

@@ -2,6 +2,8 @@
 //
 // The product of one layer stays in the L2 cache, where topk_coo finds it. Near a threshold it is
 // not even made: see near.cuh.
+//
+// SASS: HMMA\.16816\.F32\.BF16, HMMA\.1688\.F32\.TF32
 #include "near.cuh"
 
 namespace sparsegrad {
@@ -28,7 +30,8 @@ struct GradWeight {
             .rows = static_cast<const int32_t*>(rows.const_data_ptr()),
             .depths = static_cast<const int32_t*>(tokens.const_data_ptr()),
             .n_rows = n + 1,
-            .n_depths = n};
+            .n_depths = n,
+            .tf32 = allows_tf32(g.scalar_type())};
   }
 };
 

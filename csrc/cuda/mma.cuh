@@ -77,4 +77,25 @@ __device__ __forceinline__ void tensor_core(
   }
 }
 
+// The nearest number that tf32 holds: 10 bits of mantissa, the exponent of float32. An infinity and
+// NaN stay what they are. From sm_90 on, one instruction: ties go to even there, away from 0 before.
+__device__ __forceinline__ uint32_t round_tf32(float value) {
+  uint32_t rounded;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
+#else
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(rounded) : "f"(value));
+#endif
+  return rounded;
+}
+
+// c [16, 8] += a [16, 8] b [8, 8] of tf32, accumulated in float32.
+__device__ __forceinline__ void tensor_core_tf32(
+    float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 }  // namespace sparsegrad

@@ -1,22 +1,20 @@
-// How a block multiplies one stage of its pipeline: with the tensor cores (bfloat16, float16) or
-// with fused multiply-adds (float32, float64). Both have the same members:
+// How a block multiplies one stage of its pipeline: with the tensor cores (bfloat16, float16; in
+// multiply_tf32.cuh float32 as tf32) or with fused multiply-adds (float32, float64). All have the
+// same members:
 //
 //   Accumulator acc;  multiply(a, b, acc)  adds A tile [kM, kK] times B tile [kK, kN];
-//   for_pairs(acc, f)  calls f(m, n, value, next): the sums at [m, n] and [m, n + 1] of the tile.
+//   for_pairs(acc, f)  calls f(m, n, value, next): the sums at [m, n] and [m, n + 1] of the tile;
+//   kMasked  an axis of which at least 1 / kMasked is kept may be gone through in full; 0: never.
 #pragma once
 
 #include "tile.cuh"
 
 namespace sparsegrad {
 
-// 8 warps, each with 64 x 32 sums as 4 x 4 tiles of 16 x 8.
-template <class T, bool kAOuterContiguous, bool kBOuterContiguous>
-struct TensorCore {
-  using Element = T;
+// 8 warps, each with 64 x 32 sums as 4 x 4 tiles of 16 x 8, as the tensor cores leave them.
+struct WarpTiles {
   using Sum = float;
-  static constexpr int kM = 128, kN = 128, kK = 32, kThreads = 256, kSums = 64;
-  using LayoutA = TileLayout<T, kM, kK, kAOuterContiguous>;
-  using LayoutB = TileLayout<T, kN, kK, kBOuterContiguous>;
+  static constexpr int kM = 128, kN = 128, kThreads = 256, kSums = 64;
 
   struct Accumulator {
     float at[4][4][4] = {};
@@ -31,6 +29,31 @@ struct TensorCore {
   static __device__ __forceinline__ int warp_n() {
     return threadIdx.x / 32 % 4 * 32;
   }
+
+  template <class F>
+  static __device__ __forceinline__ void for_pairs(Accumulator& acc, const F& f) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          float* sum = acc.at[i][j] + half * 2;
+          f(warp_m() + i * 16 + half * 8 + lane / 4, warp_n() + j * 8 + lane % 4 * 2, sum[0],
+            sum[1]);
+        }
+      }
+    }
+  }
+};
+
+template <class T, bool kAOuterContiguous, bool kBOuterContiguous>
+struct TensorCore : WarpTiles {
+  using Element = T;
+  static constexpr int kK = 32, kMasked = 4;
+  using LayoutA = TileLayout<T, kM, kK, kAOuterContiguous>;
+  using LayoutB = TileLayout<T, kN, kK, kBOuterContiguous>;
 
   static __device__ __forceinline__ void multiply(const T* a, const T* b, Accumulator& acc) {
     const int lane = threadIdx.x % 32, row = lane % 8, second = lane / 8 % 2, third = lane / 16;
@@ -58,23 +81,6 @@ struct TensorCore {
       }
     }
   }
-
-  template <class F>
-  static __device__ __forceinline__ void for_pairs(Accumulator& acc, const F& f) {
-    const int lane = threadIdx.x % 32;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          float* sum = acc.at[i][j] + half * 2;
-          f(warp_m() + i * 16 + half * 8 + lane / 4, warp_n() + j * 8 + lane % 4 * 2, sum[0],
-            sum[1]);
-        }
-      }
-    }
-  }
 };
 
 // 16 x 16 threads, each with 2 x 2 groups of 16 bytes by 16 bytes of sums.
@@ -83,7 +89,7 @@ struct FusedMultiplyAdd {
   using Element = T;
   using Sum = T;
   static constexpr int kGroup = 16 / sizeof(T), kStep = 16 * kGroup;
-  static constexpr int kM = 2 * kStep, kN = 2 * kStep, kK = 16, kThreads = 256;
+  static constexpr int kM = 2 * kStep, kN = 2 * kStep, kK = 16, kThreads = 256, kMasked = 0;
   static constexpr int kSums = 4 * kGroup * kGroup;
   using LayoutA = TileLayout<T, kM, kK, true>;
   using LayoutB = TileLayout<T, kN, kK, true>;
@@ -132,12 +138,5 @@ struct FusedMultiplyAdd {
     }
   }
 };
-
-// The layouts follow the operands where the tensor cores read them.
-template <class T, bool kAOuterContiguous, bool kBOuterContiguous>
-using Multiply = std::conditional_t<
-    sizeof(T) == 2,
-    TensorCore<T, kAOuterContiguous, kBOuterContiguous>,
-    FusedMultiplyAdd<T>>;
 
 }  // namespace sparsegrad

@@ -15,7 +15,7 @@
 #include <algorithm>
 
 #include "compacted.cuh"
-#include "multiply.cuh"
+#include "multiply_tf32.cuh"
 
 namespace sparsegrad {
 
@@ -35,6 +35,8 @@ struct Product {
   const int32_t* n_depths = nullptr;
   // Where given, and 0 on the device, nothing is done.
   const int32_t* active = nullptr;
+  // Whether float32 is multiplied as tf32: see allows_tf32.
+  bool tf32 = false;
 };
 
 // Whether the ascending list [n] holds the index.
@@ -52,17 +54,18 @@ __device__ inline bool is_listed(const int32_t* list, int32_t n, int32_t index) 
 }
 
 // An axis of which some indices are kept. Where vectors could be read along it but for a few that
-// are left out, it is gone through in full, and those are masked: that is cheaper than to gather
-// single elements of 16 bits.
+// are left out, it is gone through in full, and those are masked: to the tensor cores the products
+// are cheap, and single elements are dear to gather, those of 16 bits most.
 struct Axis {
   const int32_t* list;
   int32_t size, n_kept;
   bool all, masked;  // at most one of them
 
-  __device__ Axis(const int32_t* list, const int32_t* n_kept, int32_t size, bool vectors)
+  // It is masked where at least 1 / max_masked of it is kept; 0: never.
+  __device__ Axis(const int32_t* list, const int32_t* n_kept, int32_t size, int max_masked)
       : list(list), size(size), n_kept(n_kept == nullptr ? size : *n_kept) {
     all = list == nullptr || this->n_kept == size;
-    masked = vectors && !all && this->n_kept >= size / 4;
+    masked = max_masked > 0 && !all && this->n_kept >= size / max_masked;
   }
   // Positions on the axis, and the index at one of them.
   __device__ int32_t n_positions() const {
@@ -187,13 +190,12 @@ __global__ void __launch_bounds__(M::kThreads, kBlocksPerSm) product_kernel(
   if (p.active != nullptr && *p.active == 0) {
     return;
   }
-  constexpr bool kVectors = sizeof(typename M::Element) == 2;
   const Axis rows(
       p.rows, p.n_rows, p.a.outer_size,
-      kVectors && M::LayoutA::kOuterContiguous && p.a.outer_vectors);
+      M::LayoutA::kOuterContiguous && p.a.outer_vectors ? M::kMasked : 0);
   const Axis depths(
       p.depths, p.n_depths, p.depth_size,
-      kVectors && !M::LayoutA::kOuterContiguous && p.a.depth_vectors);
+      !M::LayoutA::kOuterContiguous && p.a.depth_vectors ? M::kMasked : 0);
   const int32_t n_rows = rows.n_positions(), n_depths = depths.n_positions();
   const int32_t n_cols = p.b.outer_size;
   epilogue.before(rows.n_kept);
@@ -292,21 +294,35 @@ void launch_product(
   check_launch();
 }
 
+// The same with how its type is multiplied. The tensor cores read tiles of either layout.
+template <bool kAOuterContiguous, bool kBOuterContiguous, class T, class Epilogue>
+void launch_product_as(const Tensor& like, const Product<T>& p, const Epilogue& epilogue) {
+  if constexpr (sizeof(T) == 2) {
+    return launch_product<TensorCore<T, kAOuterContiguous, kBOuterContiguous>>(like, p, epilogue);
+  } else {
+    if constexpr (std::is_same_v<T, float>) {
+      if (p.tf32) {
+        return launch_product<TensorCoreTf32<kAOuterContiguous, kBOuterContiguous>>(
+            like, p, epilogue);
+      }
+    }
+    launch_product<FusedMultiplyAdd<T>>(like, p, epilogue);
+  }
+}
+
 // The same with the layouts that the operands ask for: alike whatever the epilogue, and so are the
 // sums, to the bit.
 template <class T, class Epilogue>
 void launch_product_of(const Tensor& like, const Product<T>& p, const Epilogue& epilogue) {
-  if constexpr (sizeof(T) > 2) {
-    return launch_product<Multiply<T, true, true>>(like, p, epilogue);
-  } else if (p.a.depth_stride == 1) {
+  if (p.a.depth_stride == 1) {
     if (p.b.depth_stride == 1) {
-      return launch_product<Multiply<T, false, false>>(like, p, epilogue);
+      return launch_product_as<false, false>(like, p, epilogue);
     }
-    return launch_product<Multiply<T, false, true>>(like, p, epilogue);
+    return launch_product_as<false, true>(like, p, epilogue);
   } else if (p.b.depth_stride == 1) {
-    return launch_product<Multiply<T, true, false>>(like, p, epilogue);
+    return launch_product_as<true, false>(like, p, epilogue);
   }
-  return launch_product<Multiply<T, true, true>>(like, p, epilogue);
+  launch_product_as<true, true>(like, p, epilogue);
 }
 
 }  // namespace sparsegrad

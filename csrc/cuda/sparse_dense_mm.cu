@@ -1,6 +1,6 @@
 // C = A[rows][:, cols] @ B[cols, :], scattered into zeros (eq. 1).
 //
-// SASS: HMMA\.16816\.F32\.BF16, LDSM\.16\.M88\.4, LDSM\.16\.MT88\.4, LDGSTS\.E\.BYPASS\.128
+// SASS: HMMA\.16816\.F32\.BF16, HMMA\.1688\.F32\.TF32, LDSM\.16\.M88\.4, LDSM\.16\.MT88\.4, LDGSTS\.E\.BYPASS\.128
 #include "store_product.cuh"
 
 namespace sparsegrad {
@@ -28,7 +28,8 @@ Tensor sparse_dense_mm(const Tensor& a, const Tensor& b, double tol) {
               .rows = static_cast<const int32_t*>(rows.const_data_ptr()),
               .depths = static_cast<const int32_t*>(cols.const_data_ptr()),
               .n_rows = n,
-              .n_depths = n + 1});
+              .n_depths = n + 1,
+              .tf32 = allows_tf32(a.scalar_type())});
   });
   return out;
 }

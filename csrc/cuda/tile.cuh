@@ -17,16 +17,17 @@ struct Operand {
   bool outer_vectors, depth_vectors;
 };
 
-// A tile in shared memory. Rows are padded by 16 bytes, so that reading a column of vectors meets
-// all banks.
-template <class T, int kOuter, int kDepth, bool kOuterContiguous_>
+// A tile in shared memory. Rows are padded, by default by 16 bytes: reading a column of vectors
+// then meets all banks.
+template <
+    class T, int kOuter, int kDepth, bool kOuterContiguous_, int kPadding = 16 / sizeof(T)>
 struct TileLayout {
   using Element = T;
   static constexpr bool kOuterContiguous = kOuterContiguous_;
   static constexpr int kVector = 16 / sizeof(T);
   static constexpr int kRow = kOuterContiguous ? kOuter : kDepth;  // contiguous elements
   static constexpr int kRows = kOuterContiguous ? kDepth : kOuter;
-  static constexpr int kPitch = kRow + kVector;
+  static constexpr int kPitch = kRow + kPadding;
   static constexpr int kSize = kRows * kPitch;
 
   static __device__ __forceinline__ int at(int outer, int depth) {

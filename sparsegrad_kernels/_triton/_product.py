@@ -14,11 +14,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops._library import allows_tf32
 from ._common import INTERPRETING
 
 # How an axis of A is addressed.
@@ -183,7 +183,7 @@ def addressing(a: Tensor) -> dict[str, int]:
 
 def precision() -> str:
     """How the user lets torch multiply float32 matrices."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if allows_tf32() else "ieee"
 
 
 def _tile(m: int, n: int, k: int, warps: int, stages: int) -> triton.Config:

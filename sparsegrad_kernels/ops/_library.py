@@ -21,6 +21,16 @@ def is_sync_free(tensor: Tensor) -> bool:
     return tensor.device.type in SYNC_FREE_DEVICES
 
 
+def allows_tf32() -> bool:
+    """Whether the user lets torch multiply float32 matrices as tf32: what all kernels follow."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+# For the compiled kernels, to which torch's stable ABI does not give the flag.
+torch.library.define(f"{NAMESPACE}::_allow_tf32", "() -> bool")
+torch.library.impl(f"{NAMESPACE}::_allow_tf32", "CompositeExplicitAutograd", allows_tf32)
+
+
 def define(
     schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
