@@ -56,11 +56,11 @@ struct Selection {
   }
 };
 
-// From the shortlist, where it holds the k largest.
+// From here on it is the shortlist that is selected from, where it holds the k largest.
 template <class Key>
-__device__ Selection<Key> prefer_shortlist(Selection<Key> s) {
+__device__ void prefer_shortlist(Selection<Key>& s) {
   if (s.shortlist.state == nullptr || s.shortlist.state->whole != 0) {
-    return s;
+    return;
   }
   s.c.data = static_cast<const Key*>(s.shortlist.values);
   s.c.row_stride = s.c.cols;
@@ -70,7 +70,6 @@ __device__ Selection<Key> prefer_shortlist(Selection<Key> s) {
   s.chunk_size = s.shortlist_chunk_size;
   s.n_chunks = static_cast<int>(num_blocks(s.n, s.chunk_size));
   s.linear = s.shortlist.linear;
-  return s;
 }
 
 // A lane's adjacent entries of a chunk, of which the first `size` are there. They stay as they were

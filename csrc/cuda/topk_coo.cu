@@ -6,7 +6,7 @@
 // need only what is stored. What is read fits the L2 cache, or it does not: one launch does it all,
 // or each phase is a launch.
 //
-// SASS: LDG\.E\.128, VOTE, SHFL, ATOMS\.POPC\.INC|ATOMS\.ADD, REDUX, ATOMG
+// SASS: LDG\.E\.128, VOTE, REDUX, ATOMS\.POPC\.INC, ATOMS\.ADD
 #include "last_block.cuh"
 #include "topk_phases.cuh"
 
@@ -16,11 +16,11 @@ namespace {
 // Phases first to last; of several the blocks must be resident together, to wait for each other.
 template <class Key>
 __global__ void __launch_bounds__(kTopkThreads, 2) run_phases(
-    Selection<Key> given, int first, int last, int64_t* indices, Key* values) {
+    Selection<Key> s, int first, int last, int64_t* indices, Key* values) {
   __shared__ Room room;
+  prefer_shortlist(s);
 #pragma unroll 1
   for (int phase = first; phase <= last; ++phase) {
-    const Selection<Key> s = prefer_shortlist(given);  // again, as registers are few
     run_phase(s, phase, room, indices, values);
     if (phase == kWrite<Key>) {
       return;

@@ -181,24 +181,21 @@ __device__ void count_kept(const Selection<Key>& s) {
   });
 }
 
-// By the last block: above[chunk] and equal[chunk] become the sums over the chunks before.
-template <class Key>
-__device__ void sum_before(const Selection<Key>& s, Room& room) {
-  const int each = (s.n_chunks + kTopkThreads - 1) / kTopkThreads;
+// By the last block: the sizes become the sums over those before.
+inline __device__ void sum_before(int64_t* sizes, int n, Room& room) {
+  const int each = (n + kTopkThreads - 1) / kTopkThreads;
   const int begin = static_cast<int>(threadIdx.x) * each;
-  const int end = begin + each < s.n_chunks ? begin + each : s.n_chunks;
-  for (int64_t* sizes : {s.above, s.equal}) {
-    long long sum = 0, before, total;
-    for (int c = begin; c < end; ++c) {
-      sum += __ldcg(sizes + c);
-    }
-    Scan(room.scan).ExclusiveSum(sum, before, total);
-    __syncthreads();  // `room` is used again
-    for (int c = begin; c < end; ++c) {
-      const int64_t size = __ldcg(sizes + c);
-      sizes[c] = before;
-      before += size;
-    }
+  const int end = begin + each < n ? begin + each : n;
+  long long sum = 0, before, total;
+  for (int c = begin; c < end; ++c) {
+    sum += __ldcg(sizes + c);
+  }
+  Scan(room.scan).ExclusiveSum(sum, before, total);
+  __syncthreads();  // `room` is used again
+  for (int c = begin; c < end; ++c) {
+    const int64_t size = __ldcg(sizes + c);
+    sizes[c] = before;
+    before += size;
   }
 }
 
@@ -248,7 +245,8 @@ __device__ void prepare_next(const Selection<Key>& s, int phase, Room& room) {
   if (phase < kCountKept<Key>) {
     find_digit(s, phase, room);
   } else {
-    sum_before(s, room);
+    sum_before(s.above, s.n_chunks, room);
+    sum_before(s.equal, s.n_chunks, room);
   }
 }
 
