@@ -1,7 +1,7 @@
 // rows = {i : any_j |a_ij| > tol},  cols = {j : any_i |a_ij| > tol}, ascending, padded with -1.
 //
-// A warp takes 32 rows and as many columns as its lanes hold in 16 bytes each. A vote says whether a
-// row has anything; a lane keeps its columns' bits in a register. Both end in bitmasks in memory,
+// A warp takes 32 rows and as many columns as its lanes hold in 16 bytes each. A vote says whether
+// a row has anything; a lane keeps its columns' bits in a register. Both end in bitmasks in memory,
 // which the last block turns into positions.
 #pragma once
 

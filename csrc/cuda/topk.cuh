@@ -1,9 +1,9 @@
 // Selection of the k largest magnitudes on the device: its state, and how its kernels walk entries.
 //
 // The matrix is cut in chunks of adjacent linear indices, each the work of one warp. A chunk's
-// entries that may be among the k largest are stored together, in order, where room is left; a chunk
-// for which there is none is read from the matrix again. So the result is the same whatever the order
-// in which chunks find room, and exact even if all entries are equal.
+// entries that may be among the k largest are stored together, in order, where room is left; a
+// chunk for which there is none is read from the matrix again. So the result is the same whatever
+// the order in which chunks find room, and exact even if all entries are equal.
 //
 // A shortlist is gone through as if it were a contiguous matrix, of as many entries as it has.
 #pragma once
@@ -20,6 +20,7 @@ constexpr int kTopkWarps = kTopkThreads / 32;
 constexpr int64_t kMinChunk = 1024;
 constexpr int kMaxChunks = 1 << 14;  // what the last block adds up
 constexpr int64_t kCandidateSlack = 1 << 16;
+constexpr int kMaxSteps = 8;  // from a phase to the next
 
 using Count = unsigned long long;  // what atomicAdd takes
 
@@ -27,7 +28,7 @@ struct Progress {
   Count prefix;  // the digits known of the k-th largest rank
   Count k;       // the k-th largest is the k-th of those that share them
   Count reserved;
-  unsigned int finished[8], opened[8];  // by phase
+  unsigned int finished[kMaxSteps], opened[kMaxSteps];  // by phase
 };
 
 template <class Key>
@@ -154,8 +155,8 @@ __device__ void for_matrix(const Selection<Key>& s, int chunk, const Take& take)
   }
 }
 
-// take(inside, bits, offset) for those that may be among the k largest, and perhaps others, in order,
-// 32 at a time by all lanes.
+// take(inside, bits, offset) for those that may be among the k largest, and perhaps others, in
+// order, 32 at a time by all lanes.
 template <class Key, class Take>
 __device__ void for_candidates(const Selection<Key>& s, int chunk, const Take& take) {
   const int64_t place = s.places[chunk];
@@ -173,8 +174,8 @@ __device__ void for_candidates(const Selection<Key>& s, int chunk, const Take& t
   }
 }
 
-// Of the entries that the lanes' masks of n bits choose, in the order of lanes: how many come before
-// this lane's, and of how many.
+// Of the entries that the lanes' masks of n bits choose, in the order of lanes: how many come
+// before this lane's, and of how many.
 struct Order {
   int before, total;
 };

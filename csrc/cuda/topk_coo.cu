@@ -1,12 +1,13 @@
 // The k entries of largest magnitude, exact: of equal ones the lowest linear index, NaN on top.
 //
-// Radix selection, the matrix being read twice. 1: a histogram of the highest digit, which gives that
-// of the k-th largest. 2: entries of this digit or above are stored; of those that have it, the next
-// digit is counted. The digits that are left, the counts of what each chunk keeps, and the output
-// need only what is stored. What is read fits the L2 cache, or it does not: one launch does it all,
-// or each phase is a launch.
+// Radix selection, the matrix being read twice. 1: a histogram of the highest digit, which gives
+// that of the k-th largest. 2: entries of this digit or above are stored; of those that have it,
+// the next digit is counted. The digits that are left, the counts of what each chunk keeps, and the
+// output need only what is stored. Where what is read fits the L2 cache one launch does all of it;
+// elsewhere each phase is a launch.
 //
 // SASS: LDG\.E\.128, VOTE, REDUX, ATOMS\.POPC\.INC, ATOMS\.ADD
+#include "cooperative.cuh"
 #include "last_block.cuh"
 #include "topk_phases.cuh"
 
@@ -17,6 +18,7 @@ namespace {
 template <class Key>
 __global__ void __launch_bounds__(kTopkThreads, 2) run_phases(
     Selection<Key> s, int first, int last, int64_t* indices, Key* values) {
+  static_assert(kWrite<Key> <= kMaxSteps);
   __shared__ Room room;
   prefer_shortlist(s);
 #pragma unroll 1
@@ -66,56 +68,22 @@ struct Scratch {
   static constexpr int64_t kProgress = sizeof(Progress) / sizeof(int64_t);
 };
 
-int device_attribute(cudaDeviceAttr attribute, int device) {
-  int value = 0;
-  check_cuda(cudaDeviceGetAttribute(&value, attribute, device));
-  return value;
-}
-
-// What one launch of all phases can be on a device.
-struct SingleLaunch {
+// What one launch of all phases can do on a device.
+struct Limits {
   int device = -1;
-  int64_t most_blocks = 0;  // that are resident together; 0: they cannot wait for each other
-  int64_t most_bytes = 0;   // that surely stay in the L2 cache
-
-  template <class Key>
-  static const SingleLaunch& on(int device) {
-    static thread_local SingleLaunch known;
-    if (known.device != device) {
-      int per_multiprocessor = 0;
-      check_cuda(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
-          &per_multiprocessor, run_phases<Key>, kTopkThreads, 0));
-      known.most_blocks = int64_t{device_attribute(cudaDevAttrCooperativeLaunch, device)} *
-                          per_multiprocessor *
-                          device_attribute(cudaDevAttrMultiProcessorCount, device);
-      known.most_bytes = device_attribute(cudaDevAttrL2CacheSize, device) / 2;
-      known.device = device;
-    }
-    return known;
-  }
+  int64_t blocks = 0, bytes = 0;
 };
 
-// False, and nothing is launched, where the device is not to be had whole: it is shared.
 template <class Key>
-bool launch_together(
-    const Selection<Key>& s, int64_t blocks, int64_t* indices, Key* values, cudaStream_t stream) {
-  cudaLaunchAttribute cooperative{};
-  cooperative.id = cudaLaunchAttributeCooperative;
-  cooperative.val.cooperative = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = static_cast<unsigned int>(blocks);
-  config.blockDim = kTopkThreads;
-  config.stream = stream;
-  config.attrs = &cooperative;
-  config.numAttrs = 1;
-  const cudaError_t error =
-      cudaLaunchKernelEx(&config, run_phases<Key>, s, 0, kWrite<Key>, indices, values);
-  if (error == cudaErrorCooperativeLaunchTooLarge) {
-    cudaGetLastError();  // it is not to be found by a later check
-    return false;
+const Limits& single_launch_limits(int device) {
+  static thread_local Limits known;
+  if (known.device != device) {
+    // Half the cache: there is more to be kept than what is selected from.
+    known = {
+        device, resident_blocks(run_phases<Key>, kTopkThreads, device),
+        device_attribute(cudaDevAttrL2CacheSize, device) / 2};
   }
-  check_cuda(error);
-  return true;
+  return known;
 }
 
 template <class Key>
@@ -141,14 +109,15 @@ void select(
   Key* const to_values = static_cast<Key*>(values.mutable_data_ptr());
   const int64_t wanted_blocks = num_blocks(s.n_chunks, kTopkWarps);
   const cudaStream_t stream = current_stream(c);
-  const SingleLaunch& single = SingleLaunch::on<Key>(c.get_device_index());
+  const Limits& limits = single_launch_limits<Key>(c.get_device_index());
   // Where there is a shortlist the matrix is hardly ever read.
   const int64_t read = shortlist.state == nullptr
                            ? s.n * int64_t{sizeof(Key)}
                            : shortlist.capacity * int64_t{sizeof(Key) + sizeof(int64_t)};
-  if (single.most_blocks > 0 && read + scratch.bytes() <= single.most_bytes &&
+  if (limits.blocks > 0 && read + scratch.bytes() <= limits.bytes &&
       launch_together(
-          s, std::min(wanted_blocks, single.most_blocks), to_indices, to_values, stream)) {
+          run_phases<Key>, std::min(wanted_blocks, limits.blocks), kTopkThreads, stream, s, 0,
+          kWrite<Key>, to_indices, to_values)) {
     return;
   }
   const int64_t blocks = std::min<int64_t>(wanted_blocks, 4 * multiprocessors(c));

@@ -1,7 +1,7 @@
 // The phases of the selection, in order: what all blocks do, and what the last one prepares then.
 //
-// A chunk is its warp's in all phases. What other blocks wrote is read in the next phase only, by
-// ordinary loads: of `progress`, and of above and equal.
+// A chunk is the same warp's in all phases of a launch. What other blocks wrote is read after all
+// have come to the end of a phase: `progress` and counts, and above and equal.
 #pragma once
 
 #include "topk.cuh"
@@ -24,8 +24,8 @@ constexpr int kCountKept = kDigits<Key>;  // the phases before find a digit each
 template <class Key>
 constexpr int kWrite = kCountKept<Key> + 1;
 
-// One more of `digit` for each lane that counts. Where most entries are zero most lanes agree: those
-// that agree with the first one are added at once.
+// One more of `digit` for each lane that counts. Where most entries are zero most lanes agree:
+// those that agree with the first one are added at once.
 inline __device__ void count_digit(unsigned int* counts, bool counted, int digit) {
   const uint32_t mask = __ballot_sync(~0u, counted);
   if (mask == 0) {
@@ -62,7 +62,8 @@ __device__ void find_digit(const Selection<Key>& s, int d, Room& room) {
   if (above < k && k <= above + sum) {
     const Picked picked = pick_digit(own, kEach - 1, k - above);
     const int digit = highest - (kEach - 1) + picked.digit;
-    s.progress->prefix = prefix << (shift_of<Key>(d - 1) - shift_of<Key>(d)) | static_cast<Count>(digit);
+    const int width = shift_of<Key>(d - 1) - shift_of<Key>(d);
+    s.progress->prefix = prefix << width | static_cast<Count>(digit);
     s.progress->k = static_cast<Count>(picked.k);
   }
 }
@@ -96,8 +97,10 @@ __device__ void collect(const Selection<Key>& s, unsigned int* counts) {
     const int64_t size = __reduce_add_sync(~0u, own);
     long long place = 0;
     if (threadIdx.x % 32 == 0) {
-      place = size == 0 ? 0 : static_cast<long long>(
-          atomicAdd(&s.progress->reserved, static_cast<Count>(size)));
+      if (size != 0) {
+        place = static_cast<long long>(
+            atomicAdd(&s.progress->reserved, static_cast<Count>(size)));
+      }
       place = place + size <= s.capacity ? place : -1;
       s.places[chunk] = place;
       s.n_stored[chunk] = size;
