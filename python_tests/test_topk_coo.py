@@ -98,6 +98,24 @@ def test_sample_never_decides(dtype, sampled, generator, monkeypatch):
         check(c, 300, views[i % len(views)])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_both_sides_of_the_cache(dtype):
+    """The CUDA kernels are one launch where the L2 cache has room for the matrix, else several."""
+    cols, cache = 4096, torch.cuda.get_device_properties(0).L2_cache_size
+    rows = cache // (cols * dtype.itemsize)
+    generator = torch.Generator("cuda").manual_seed(0)
+    c = torch.randn(rows, cols, device="cuda", generator=generator).to(dtype)
+    for part in (c, c[: rows // 4]):
+        for view in (part, part[:, 1:], part.T):
+            k = view.numel() // 500
+            ranking = view.abs().flatten().argsort(descending=True, stable=True)
+            order = ranking[:k].sort().values
+            indices, values = topk_coo(view, k)
+            assert torch.equal(indices[0] * view.shape[1] + indices[1], order)
+            assert torch.equal(values, view.flatten()[order])
+
+
 def test_coalesced_as_it_stands(generator):
     c = torch.randn(40, 30, generator=generator)
     indices, values = topk_coo(c, 100)

@@ -1,11 +1,12 @@
 // rows = {i : any_j |a_ij| > tol},  cols = {j : any_i |a_ij| > tol}, ascending, padded with -1.
 //
-// A warp takes 32 rows and as many columns as its lanes hold in 16 bytes each. A vote says whether a
-// row has anything; a lane keeps its columns' bits in a register. Both end in bitmasks in memory,
+// A warp takes 32 rows and as many columns as its lanes hold in 16 bytes each. A vote says whether
+// a row has anything; a lane keeps its columns' bits in a register. Both end in bitmasks in memory,
 // which the last block turns into positions.
 #pragma once
 
 #include "last_block.cuh"
+#include "pack.cuh"
 
 #include <cub/block/block_scan.cuh>
 
@@ -14,12 +15,6 @@ namespace {
 
 constexpr int kDetectThreads = 256;
 constexpr int kTileRows = 32;
-
-template <class Key>
-struct alignas(16) Pack {
-  static constexpr int size = 16 / sizeof(Key);
-  Key at[size];
-};
 
 template <class Index>
 struct Found {
@@ -144,7 +139,7 @@ void launch_detect(Matrix<const Key> a, Key limit, const Tensor& like, Found<Ind
   const int64_t tiles = num_blocks(a.rows, kTileRows) * num_blocks(a.cols, 32 * size);
   const int64_t blocks = std::clamp<int64_t>(
       num_blocks(tiles, kDetectThreads / 32), 1, 8 * multiprocessors(like));
-  const bool vector = a.col_stride == 1 && reinterpret_cast<uintptr_t>(a.data) % 16 == 0 &&
+  const bool vector = a.col_stride == 1 && is_aligned_to_pack(a.data) &&
                       (a.row_stride % size == 0 || a.rows <= 1);
   const cudaStream_t stream = current_stream(like);
   if (vector) {

@@ -1,225 +1,41 @@
 // The k entries of largest magnitude, exact: of equal ones the lowest linear index, NaN on top.
 //
-// Radix selection, the matrix being read twice. 1: a histogram of the highest digit, which gives that
-// of the k-th largest. 2: entries of this digit or above are stored; of those that have it, the next
-// digit is counted. The digits that are left, the counts of what each chunk keeps, and the output
-// need only what is stored. Each launch's last block prepares the next launch.
-#include "topk.cuh"
-
-#include <cub/block/block_scan.cuh>
+// Radix selection, the matrix being read twice. 1: a histogram of the highest digit, which gives
+// that of the k-th largest. 2: entries of this digit or above are stored; of those that have it,
+// the next digit is counted. The digits that are left, the counts of what each chunk keeps, and the
+// output need only what is stored. Where what is read fits the L2 cache one launch does all of it;
+// elsewhere each phase is a launch.
+//
+// SASS: LDG\.E\.128, VOTE, REDUX, ATOMS\.POPC\.INC, ATOMS\.ADD
+#include "cooperative.cuh"
+#include "last_block.cuh"
+#include "topk_phases.cuh"
 
 namespace sparsegrad {
 namespace {
 
-using Scan = cub::BlockScan<long long, kTopkThreads>;
-
-// One more of `digit` for each lane that counts. Where most entries are zero most lanes agree: those
-// that agree with the first one are added at once.
-inline __device__ void count_digit(unsigned int* counts, bool counted, int digit) {
-  const uint32_t mask = __ballot_sync(~0u, counted);
-  if (mask == 0) {
-    return;
-  }
-  const int first = __ffs(mask) - 1;
-  const int first_digit = __shfl_sync(~0u, digit, first);  // by all lanes, counted or not
-  const bool agrees = counted && digit == first_digit;
-  const uint32_t agreed = __ballot_sync(~0u, agrees);
-  if (static_cast<int>(threadIdx.x % 32) == first) {
-    atomicAdd(counts + digit, static_cast<unsigned int>(__popc(agreed)));
-  } else if (counted && !agrees) {
-    atomicAdd(counts + digit, 1u);
-  }
-}
-
-// By the last block, from the counts of all: digit d of the k-th largest.
+// Phases first to last; of several the blocks must be resident together, to wait for each other.
 template <class Key>
-__device__ void find_digit(const Selection<Key>& s, int d) {
-  constexpr int kEach = kBins / kTopkThreads;
-  __shared__ typename Scan::TempStorage room;
-  const Count* counts = s.counts + d * kBins;
-  const int highest = kBins - 1 - static_cast<int>(threadIdx.x) * kEach;
-  Count own[kEach];
-  long long sum = 0;
-  for (int e = 0; e < kEach; ++e) {
-    own[e] = __ldcg(counts + highest - (kEach - 1) + e);
-    sum += static_cast<long long>(own[e]);
-  }
-  const long long k = d == 0 ? s.k : static_cast<long long>(s.progress->k);
-  const Count prefix = d == 0 ? 0 : s.progress->prefix;
-  long long above, total;
-  Scan(room).ExclusiveSum(sum, above, total);
-  __syncthreads();  // all have read `progress`
-  if (above < k && k <= above + sum) {
-    const Picked picked = pick_digit(own, kEach - 1, k - above);
-    const int digit = highest - (kEach - 1) + picked.digit;
-    s.progress->prefix = prefix << (shift_of<Key>(d - 1) - shift_of<Key>(d)) | static_cast<Count>(digit);
-    s.progress->k = static_cast<Count>(picked.k);
-  }
-}
-
-// To be called by all threads once the block has counted.
-template <class Key>
-__device__ void add_counts(const Selection<Key>& s, int d, const unsigned int* counts) {
-  __syncthreads();
-  for (int b = threadIdx.x; b < kBins; b += kTopkThreads) {
-    if (counts[b] != 0) {
-      atomicAdd(s.counts + d * kBins + b, static_cast<Count>(counts[b]));
-    }
-  }
-  if (is_last_block(s.progress->finished + d)) {
-    find_digit(s, d);
-  }
-}
-
-inline __device__ void clear_counts(unsigned int* counts) {
-  for (int b = threadIdx.x; b < kBins; b += kTopkThreads) {
-    counts[b] = 0;
-  }
-  __syncthreads();
-}
-
-template <class Key>
-__global__ void __launch_bounds__(kTopkThreads, 2) count_first(Selection<Key> s) {
+__global__ void __launch_bounds__(kTopkThreads, 2) run_phases(
+    Selection<Key> s, int first, int last, int64_t* indices, Key* values) {
+  static_assert(kWrite<Key> <= kMaxSteps);
+  __shared__ Room room;
   prefer_shortlist(s);
-  __shared__ unsigned int counts[kBins];
-  clear_counts(counts);
-  for_chunks_of_warp(s, [&](int64_t chunk) {
-    for_matrix(s, chunk, [&](bool inside, Key bits, int64_t) {
-      count_digit(counts, inside, digit_of(rank_of(bits, s.infinity), 0));
-    });
-  });
-  add_counts(s, 0, counts);
-}
-
-// Stores the candidates, and counts their second digit.
-template <class Key>
-__global__ void __launch_bounds__(kTopkThreads, 2) collect(Selection<Key> s) {
-  prefer_shortlist(s);
-  __shared__ unsigned int counts[kBins];
-  clear_counts(counts);
-  constexpr int shift = shift_of<Key>(0);
-  const Key prefix = static_cast<Key>(s.progress->prefix);
-  const int lane = threadIdx.x % 32;
-  for_chunks_of_warp(s, [&](int64_t chunk) {
-    int64_t size = 0;
-    for_matrix(s, chunk, [&](bool inside, Key bits, int64_t) {
-      const Key rank = rank_of(bits, s.infinity);
-      size += __popc(__ballot_sync(~0u, inside && (rank >> shift) >= prefix));
-      count_digit(counts, inside && (rank >> shift) == prefix, digit_of(rank, 1));
-    });
-
-    long long place = 0;
-    if (lane == 0) {
-      place = size == 0 ? 0 : static_cast<long long>(
-          atomicAdd(&s.progress->reserved, static_cast<Count>(size)));
-      place = place + size <= s.capacity ? place : -1;
-      s.places[chunk] = place;
-      s.n_stored[chunk] = size;
-    }
-    place = __shfl_sync(~0u, place, 0);
-    if (size == 0 || place < 0) {
+#pragma unroll 1
+  for (int phase = first; phase <= last; ++phase) {
+    run_phase(s, phase, room, indices, values);
+    if (phase == kWrite<Key>) {
       return;
     }
-    for_matrix(s, chunk, [&](bool inside, Key bits, int64_t position) {  // from the cache
-      const bool taken = inside && (rank_of(bits, s.infinity) >> shift) >= prefix;
-      const uint32_t mask = __ballot_sync(~0u, taken);
-      if (taken) {
-        const int64_t at = place + __popc(mask & ((1u << lane) - 1));
-        s.stored_bits[at] = bits;
-        s.stored_offsets[at] = static_cast<uint32_t>(position - chunk * s.chunk_size);
+    if (is_last_block(s.progress->finished + phase)) {
+      prepare_next(s, phase, room);
+      if (phase < last) {
+        open_gate(s.progress->opened + phase);
       }
-      place += __popc(mask);
-    });
-  });
-  add_counts(s, 1, counts);
-}
-
-template <class Key>
-__global__ void __launch_bounds__(kTopkThreads, 2) count_next(Selection<Key> s, int d) {
-  prefer_shortlist(s);
-  __shared__ unsigned int counts[kBins];
-  clear_counts(counts);
-  const int shift = shift_of<Key>(d - 1);
-  const Key prefix = static_cast<Key>(s.progress->prefix);
-  for_chunks_of_warp(s, [&](int64_t chunk) {
-    for_candidates(s, chunk, [&](bool inside, Key bits, int64_t) {
-      const Key rank = rank_of(bits, s.infinity);
-      count_digit(counts, inside && (rank >> shift) == prefix, digit_of(rank, d));
-    });
-  });
-  add_counts(s, d, counts);
-}
-
-// By the last block: above[chunk] and equal[chunk] become the sums over the chunks before.
-template <class Key>
-__device__ void sum_before(const Selection<Key>& s) {
-  __shared__ typename Scan::TempStorage room;
-  const int64_t each = num_blocks(s.n_chunks, kTopkThreads);
-  const int64_t begin = threadIdx.x * each;
-  const int64_t end = begin + each < s.n_chunks ? begin + each : s.n_chunks;
-  for (int64_t* sizes : {s.above, s.equal}) {
-    long long sum = 0, before, total;
-    for (int64_t c = begin; c < end; ++c) {
-      sum += __ldcg(sizes + c);
-    }
-    Scan(room).ExclusiveSum(sum, before, total);
-    __syncthreads();  // `room` is used again
-    for (int64_t c = begin; c < end; ++c) {
-      const int64_t size = __ldcg(sizes + c);
-      sizes[c] = before;
-      before += size;
+    } else if (phase < last) {
+      wait_at_gate(s.progress->opened + phase);
     }
   }
-}
-
-template <class Key>
-__global__ void __launch_bounds__(kTopkThreads, 2) count_kept(Selection<Key> s) {
-  prefer_shortlist(s);
-  const Key threshold = static_cast<Key>(s.progress->prefix);
-  for_chunks_of_warp(s, [&](int64_t chunk) {
-    int64_t above = 0, equal = 0;
-    for_candidates(s, chunk, [&](bool inside, Key bits, int64_t) {
-      const Key rank = rank_of(bits, s.infinity);
-      above += __popc(__ballot_sync(~0u, inside && rank > threshold));
-      equal += __popc(__ballot_sync(~0u, inside && rank == threshold));
-    });
-    if (threadIdx.x % 32 == 0) {
-      s.above[chunk] = above;
-      s.equal[chunk] = equal;
-    }
-  });
-  if (is_last_block(s.progress->finished + kDigits<Key>)) {
-    sum_before(s);
-  }
-}
-
-template <class Key>
-__global__ void __launch_bounds__(kTopkThreads, 2) write(
-    Selection<Key> s, int64_t* __restrict__ indices, Key* __restrict__ values) {
-  prefer_shortlist(s);
-  const Key threshold = static_cast<Key>(s.progress->prefix);
-  const int64_t n_equal = static_cast<int64_t>(s.progress->k);
-  const uint32_t before = (1u << threadIdx.x % 32) - 1;
-  for_chunks_of_warp(s, [&](int64_t chunk) {
-    int64_t equal = s.equal[chunk];
-    int64_t at = output_begin(s.above[chunk], equal, n_equal);
-    for_candidates(s, chunk, [&](bool inside, Key bits, int64_t position) {
-      const Key rank = rank_of(bits, s.infinity);
-      const uint32_t equals = __ballot_sync(~0u, inside && rank == threshold);
-      const bool kept =
-          inside && is_kept(rank, threshold, equal + __popc(equals & before), n_equal);
-      const uint32_t mask = __ballot_sync(~0u, kept);
-      if (kept) {
-        const int64_t linear = s.linear == nullptr ? position : s.linear[position];
-        const int64_t e = at + __popc(mask & before), i = s.row_of(linear);
-        indices[e] = i;
-        indices[s.k + e] = linear - i * s.c.cols;
-        values[e] = bits;
-      }
-      at += __popc(mask);
-      equal += __popc(equals);
-    });
-  });
 }
 
 // What the launches share; its memory is freed, in stream order, with the tensors.
@@ -229,9 +45,13 @@ struct Scratch {
 
   Scratch(const Tensor& like, const Selection<Key>& s)
       : zeros(zeros_on(like, kProgress + kDigits<Key> * kBins, ScalarType::Long)),
-        sizes(empty_on(like, 4 * s.n_chunks, ScalarType::Long)),
+        sizes(empty_on(like, int64_t{4} * s.n_chunks, ScalarType::Long)),
         bits(empty_on(like, s.capacity * int64_t{sizeof(Key)}, ScalarType::Byte)),
         offsets(empty_on(like, s.capacity, ScalarType::Int)) {}
+
+  int64_t bytes() const {
+    return 8 * (zeros.numel() + sizes.numel()) + bits.numel() + 4 * offsets.numel();
+  }
 
   void lend(Selection<Key>& s) const {
     int64_t* zero = static_cast<int64_t*>(zeros.mutable_data_ptr());
@@ -248,42 +68,63 @@ struct Scratch {
   static constexpr int64_t kProgress = sizeof(Progress) / sizeof(int64_t);
 };
 
+// What one launch of all phases can do on a device.
+struct Limits {
+  int device = -1;
+  int64_t blocks = 0, bytes = 0;
+};
+
+template <class Key>
+const Limits& single_launch_limits(int device) {
+  static thread_local Limits known;
+  if (known.device != device) {
+    // Half the cache: there is more to be kept than what is selected from.
+    known = {
+        device, resident_blocks(run_phases<Key>, kTopkThreads, device),
+        device_attribute(cudaDevAttrL2CacheSize, device) / 2};
+  }
+  return known;
+}
+
 template <class Key>
 void select(
     const Tensor& c, int64_t k, Key infinity, const Shortlist& shortlist, const Tensor& indices,
     const Tensor& values) {
   Selection<Key> s{};
   s.c = matrix<Key>(c);
-  s.contiguous = s.c.contiguous();
+  s.packed = s.c.contiguous() && is_aligned_to_pack(s.c.data);
   s.infinity = infinity;
   s.n = s.c.rows * s.c.cols;
   s.k = k;
   s.chunk_size = kMinChunk * num_blocks(s.n, kMinChunk * kMaxChunks);
-  s.n_chunks = num_blocks(s.n, s.chunk_size);
+  s.n_chunks = static_cast<int>(num_blocks(s.n, s.chunk_size));
   s.capacity = std::min(s.n, 2 * k + kCandidateSlack);
   s.shortlist = shortlist;
   // Small, for many warps to have one: in no more chunks than the matrix.
-  s.shortlist_chunk_size = 32 * num_blocks(shortlist.capacity, 32 * s.n_chunks);
+  s.shortlist_chunk_size = 32 * num_blocks(shortlist.capacity, int64_t{32} * s.n_chunks);
   const Scratch<Key> scratch(c, s);
   scratch.lend(s);
 
-  const int64_t blocks =
-      std::min<int64_t>(num_blocks(s.n_chunks, kTopkWarps), 4 * multiprocessors(c));
+  int64_t* const to_indices = static_cast<int64_t*>(indices.mutable_data_ptr());
+  Key* const to_values = static_cast<Key*>(values.mutable_data_ptr());
+  const int64_t wanted_blocks = num_blocks(s.n_chunks, kTopkWarps);
   const cudaStream_t stream = current_stream(c);
-  count_first<Key><<<blocks, kTopkThreads, 0, stream>>>(s);
-  check_launch();
-  collect<Key><<<blocks, kTopkThreads, 0, stream>>>(s);
-  check_launch();
-  for (int d = 2; d < kDigits<Key>; ++d) {
-    count_next<Key><<<blocks, kTopkThreads, 0, stream>>>(s, d);
+  const Limits& limits = single_launch_limits<Key>(c.get_device_index());
+  // Where there is a shortlist the matrix is hardly ever read.
+  const int64_t read = shortlist.state == nullptr
+                           ? s.n * int64_t{sizeof(Key)}
+                           : shortlist.capacity * int64_t{sizeof(Key) + sizeof(int64_t)};
+  if (limits.blocks > 0 && read + scratch.bytes() <= limits.bytes &&
+      launch_together(
+          run_phases<Key>, std::min(wanted_blocks, limits.blocks), kTopkThreads, stream, s, 0,
+          kWrite<Key>, to_indices, to_values)) {
+    return;
+  }
+  const int64_t blocks = std::min<int64_t>(wanted_blocks, 4 * multiprocessors(c));
+  for (int phase = 0; phase <= kWrite<Key>; ++phase) {
+    run_phases<Key><<<blocks, kTopkThreads, 0, stream>>>(s, phase, phase, to_indices, to_values);
     check_launch();
   }
-  count_kept<Key><<<blocks, kTopkThreads, 0, stream>>>(s);
-  check_launch();
-  write<Key><<<blocks, kTopkThreads, 0, stream>>>(
-      s, static_cast<int64_t*>(indices.mutable_data_ptr()),
-      static_cast<Key*>(values.mutable_data_ptr()));
-  check_launch();
 }
 
 std::tuple<Tensor, Tensor> topk_coo(const Tensor& c, int64_t k) {
