@@ -66,6 +66,47 @@ def test_property(out, in_, share, n, dtype, seed):
     check(*make(out, in_, r_out, r_in, n, dtype, generator), "contiguous")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(131, 40, 17, 9), (40, 131, 9, 33), (24, 24, 24, 8)])
+@pytest.mark.parametrize("identity", [False, True])
+def test_entries_in_any_order(dtype, size, identity, generator):
+    """More than the kernels take at a time, each element several times, some rows never."""
+    weight, u, v, indices, values = make(*size, 700, dtype, generator)
+    indices[0] -= indices[0] % 3
+    if identity:
+        u, v = None, None
+    first, second = weight.clone(), weight.clone()
+    fold_(first, u, v, indices, values)
+    fold_(second, u, v, indices, values)
+    assert torch.equal(first, second)
+    check(weight, u, v, indices, values, "contiguous")
+
+
+def test_entries_of_one_element_are_added_in_their_order(generator):
+    indices = torch.randint(2, (2, 800), generator=generator)
+    values = torch.randn(800, generator=generator) * 10 ** torch.randn(800, generator=generator)
+    weight = torch.zeros(2, 2)
+    fold_(weight, None, None, indices, values)
+    expected = torch.zeros(2, 2)
+    for row, col, value in zip(*indices.tolist(), values, strict=True):
+        expected[row, col] += value
+    assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("size", [(131, 40, 17, 9), (40, 131, 9, 33)])
+def test_rows_of_the_basis_without_entries_take_no_part(size, generator):
+    weight, u, v, indices, values = make(*size, 30, torch.float32, generator)
+    indices -= indices % 2
+    expected = weight.clone()
+    fold_(expected, u, v, indices, values)
+    for basis, used in ((u, indices[1]), (v, indices[0])):
+        absent = torch.ones(len(basis), dtype=torch.bool)
+        absent[used] = False
+        basis[absent] = torch.nan
+    fold_(weight, u, v, indices, values)
+    assert torch.equal(weight, expected)
+
+
 def test_does_not_write_the_basis(generator):
     weight, u, v, indices, values = make(8, 6, 8, 6, 9, torch.float32, generator)
     copies = [t.clone() for t in (u, v, indices, values)]

@@ -80,11 +80,11 @@ def _place(
 
         before = tl.zeros((CHUNK, COMPARED), dtype=tl.int32)
         behind = tl.zeros((CHUNK, COMPARED), dtype=tl.int32)
-        for start in range(0, CHUNK, COMPARED):
+        n_here = tl.minimum(end - first, CHUNK).to(tl.int32)
+        for start in range(0, n_here, COMPARED):
             to = start + tl.arange(0, COMPARED)
-            to_mask = first + to < end
-            to_key = tl.load(keys + (first + to) * key_stride, mask=to_mask, other=-1).to(tl.int32)
-            same = key[:, None] == to_key[None, :]
+            to_key = tl.load(keys + (first + to) * key_stride, mask=to < n_here, other=-1)
+            same = key[:, None] == to_key.to(tl.int32)[None, :]
             before += (same & (to[None, :] < lane[:, None])).to(tl.int32)
             behind += (same & (to[None, :] > lane[:, None])).to(tl.int32)
         last = mask & (tl.sum(behind, 1) == 0)

@@ -56,7 +56,9 @@ def _factor_tile(
             value = tl.load(values + e, mask=e < end, other=0.0)
             at = tl.load(inner + e, mask=e < end, other=0).to(tl.int64)
             tile = tl.load(
-                basis + at[:, None] * basis_row_stride + cols.to(tl.int64)[None, :] * basis_col_stride,
+                basis
+                + at[:, None] * basis_row_stride
+                + cols.to(tl.int64)[None, :] * basis_col_stride,
                 mask=(e < end)[:, None] & (cols < n_cols)[None, :],
                 other=0.0,
             )  # [_ENTRIES, _COLS]
@@ -65,7 +67,7 @@ def _factor_tile(
         to += n_cols
 
 
-@triton.jit(do_not_specialize=["bucket"])
+@triton.jit(do_not_specialize=["n", "n_parts", "n_sort", "bucket"])
 def _fold_kernel(
     weight, row_stride, col_stride,
     first, first_row_stride, first_col_stride,
@@ -221,7 +223,7 @@ def _add_entries(
     tl.store(place, new, mask=first)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "n_parts", "n_col_sort", "n_row_sort"])
 def _add_entries_kernel(
     weight, row_stride, col_stride, n_rows, n_cols, rows, cols, entry_stride,
     values, value_stride, n, n_parts, n_col_sort, n_row_sort, seed,
@@ -256,8 +258,8 @@ def _add(weight: Tensor, indices: Tensor, values: Tensor, seed: Tensor | None) -
     (n_rows, n_cols), n = weight.shape, values.shape[0]
     by_col, by_row = sort_of(n, n_cols), sort_of(n, n_rows)
     tickets, *zeros = zeroed(weight.device, 1, *by_col.sizes, *by_row.sizes)
-    rows_1, cols_1, rows_2, cols_2 = indices.new_empty((4, n), dtype=torch.int32).unbind()
-    values_1, values_2 = values.new_empty((2, n)).unbind()
+    rows_1, cols_1, rows_2, cols_2 = (indices.new_empty(n, dtype=torch.int32) for _ in range(4))
+    values_1, values_2 = (values.new_empty(n) for _ in range(2))
     grid = (by_col.n_tasks + by_row.n_tasks + triton.cdiv(n, _ENTRIES_BLOCK.value),)
     _add_entries_kernel[grid](
         weight, weight.stride(0), weight.stride(1), n_rows, n_cols,
@@ -329,7 +331,9 @@ def _ahead_of_time() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str
         entries.append((_fold_kernel, signature, chosen | {"WIDE": True}, options))
 
         signature = dict.fromkeys(("weight", "values", "values_1", "values_2"), f"*{name}")
-        flags = [f"{axis}_{what}" for axis in ("col", "row") for what in ("flags", "totals", "counts")]
+        flags = [
+            f"{axis}_{what}" for axis in ("col", "row") for what in ("flags", "totals", "counts")
+        ]
         signature |= dict.fromkeys(("rows", "cols", "tickets", *flags), "*i64")
         signature |= dict.fromkeys(("rows_1", "cols_1", "rows_2", "cols_2"), "*i32")
         sizes = ("row_stride", "n_rows", "n_cols", "n", "n_parts", "n_col_sort", "n_row_sort")
