@@ -12,10 +12,12 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from ._common import INTERPRETING
 from ._dataflow import signal, wait
 
 CHUNK = tl.constexpr(128)  # entries that are compared with each other,
-COMPARED = tl.constexpr(8)  # each with so many at a time
+# each with so many at a time: few registers, and in the interpreter few steps.
+COMPARED = tl.constexpr(32 if INTERPRETING else 8)
 MAX_PARTS = tl.constexpr(128)
 KEYS = tl.constexpr(8)  # keys whose counts one task turns into places
 TOTALS = tl.constexpr(1024)

@@ -297,10 +297,6 @@ def fold_(
     fold_stochastic_(weight, u, v, indices, values, None)
 
 
-def _pointers(name: str, **others: str) -> dict[str, str]:
-    return {"weight": f"*{name}", "values": f"*{name}", "tickets": "*i64"} | others
-
-
 def _fold_variant(name: str, left: bool) -> tuple[dict[str, str], dict[str, Any]]:
     narrow, wide = name in ("bf16", "fp16"), "fp64" if name == "fp64" else "fp32"
     pointers = dict.fromkeys(("weight", "first", "second", "values", "sorted_values"), f"*{name}")
@@ -312,9 +308,22 @@ def _fold_variant(name: str, left: bool) -> tuple[dict[str, str], dict[str, Any]
     ones = ("col_stride", "first_col_stride", "second_col_stride", "entry_stride", "value_stride")
     constants: dict[str, Any] = dict.fromkeys(ones, 1) | {"LEFT": left, "STOCHASTIC": narrow}
     constants |= {"ROWS": ALL.value, "INNER": LISTED.value}
-    return signature | {"seed": "*i64"} if narrow else signature, (
-        constants if narrow else constants | {"seed": None}
-    )
+    if narrow:
+        return signature | {"seed": "*i64"}, constants
+    return signature, constants | {"seed": None}
+
+
+def _add_entries_variant(name: str) -> tuple[dict[str, str], dict[str, Any]]:
+    signature = dict.fromkeys(("weight", "values", "values_1", "values_2"), f"*{name}")
+    zeros = [f"{axis}_{what}" for axis in ("col", "row") for what in ("flags", "totals", "counts")]
+    signature |= dict.fromkeys(("rows", "cols", "tickets", *zeros), "*i64")
+    signature |= dict.fromkeys(("rows_1", "cols_1", "rows_2", "cols_2"), "*i32")
+    sizes = ("row_stride", "n_rows", "n_cols", "n", "n_parts", "n_col_sort", "n_row_sort")
+    signature |= dict.fromkeys(sizes, "i32")
+    constants: dict[str, Any] = dict.fromkeys(("col_stride", "entry_stride", "value_stride"), 1)
+    if name in ("bf16", "fp16"):
+        return signature | {"seed": "*i64"}, constants | {"STOCHASTIC": True}
+    return signature, constants | {"STOCHASTIC": False, "seed": None}
 
 
 def _ahead_of_time() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
@@ -330,16 +339,7 @@ def _ahead_of_time() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str
                     entries.append((_fold_kernel, signature, chosen, options))
         entries.append((_fold_kernel, signature, chosen | {"WIDE": True}, options))
 
-        signature = dict.fromkeys(("weight", "values", "values_1", "values_2"), f"*{name}")
-        flags = [
-            f"{axis}_{what}" for axis in ("col", "row") for what in ("flags", "totals", "counts")
-        ]
-        signature |= dict.fromkeys(("rows", "cols", "tickets", *flags), "*i64")
-        signature |= dict.fromkeys(("rows_1", "cols_1", "rows_2", "cols_2"), "*i32")
-        sizes = ("row_stride", "n_rows", "n_cols", "n", "n_parts", "n_col_sort", "n_row_sort")
-        signature |= dict.fromkeys(sizes, "i32") | ({"seed": "*i64"} if narrow else {})
-        ones = dict.fromkeys(("col_stride", "entry_stride", "value_stride"), 1)
-        constants = ones | {"STOCHASTIC": narrow} | ({} if narrow else {"seed": None})
+        signature, constants = _add_entries_variant(name)
         entries.append((_add_entries_kernel, signature, constants, {"num_warps": 4}))
     return entries
 
