@@ -2,7 +2,8 @@
 
 The entries are cut into parts. First each part's keys are counted; then, a block of keys a task,
 the counts become places: smaller keys first, then earlier parts; then each part's entries are put
-in their places, in their order. `n_keys * n_parts` counts, and 128 comparisons for each entry.
+in their places, in their order. The work is `n_keys * n_parts` counts, and CHUNK comparisons for
+each entry; the parts are few, so that the counts stay small beside the matrix.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ CHUNK = tl.constexpr(128)  # entries that are compared with each other,
 # each with so many at a time: few registers, and in the interpreter few steps.
 COMPARED = tl.constexpr(32 if INTERPRETING else 8)
 MAX_PARTS = tl.constexpr(128)
-KEYS = tl.constexpr(8)  # keys whose counts one task turns into places
-TOTALS = tl.constexpr(1024)
+KEYS = tl.constexpr(8)  # whose counts one task turns into places,
+TOTALS = tl.constexpr(1024)  # behind the totals of smaller keys, so many at a time
 # Flags, each signalled by the tasks of one kind.
 COUNTED = tl.constexpr(0)
 OFFSET = tl.constexpr(1)
@@ -73,6 +74,7 @@ def _place(
     part, keys, key_stride, others, other_stride, values, value_stride, n, n_parts,
     offsets, sorted_keys, sorted_others, sorted_values,
 ):  # fmt: skip
+    """Each entry goes to its key's place in `offsets`, which moves on behind it."""
     begin, end = _entries(part, n_parts, n)
     lane = tl.arange(0, CHUNK)
     for first in range(begin, end, CHUNK):
@@ -114,8 +116,9 @@ def sort_task(
     Args:
         keys, others: integers; keys in [0, n_keys).
         flags, totals, counts: zeroed; `flags + PLACED` is signalled `n_parts` times at the end.
-        sorted_keys: may be None, and so may `starts` and `present`:
-        starts: of each key, its first entry's place; `present` is the key, or -1 if it has none.
+        sorted_keys: or None; `sorted_keys`, `sorted_others` and `sorted_values` are the result.
+        starts, present: or None; of each key its first entry's place, and the key itself, or -1
+            where no entry has it.
     """
     n_blocks = tl.cdiv(n_keys, KEYS)
     if task < n_parts:

@@ -87,6 +87,7 @@ def _fold_kernel(
     `first` is the basis in F, `second` the other. `outer` and `inner` are an entry's row and
     column of what F multiplies `first` by: D~^T if LEFT, else D~. `factor` is F, contiguous.
     """
+    tl.static_assert(_COLS % (BLOCK_M if LEFT else BLOCK_N) == 0)
     task = take_ticket(tickets)
     width = n_rows if LEFT else n_cols
     row_tasks = tl.cdiv(n_outer, _ROWS)
@@ -98,6 +99,7 @@ def _fold_kernel(
             None, sorted_inner, sorted_values, starts, present,
         )  # fmt: skip
     elif task < n_sort + n_factor:
+        # Columns of F one after another, since all tasks of one read the same part of `first`.
         tile = task - n_sort
         wait(flags + PLACED, n_parts)
         _factor_tile(
@@ -107,7 +109,7 @@ def _fold_kernel(
         )  # fmt: skip
         signal(ready + tile // row_tasks)
     else:
-        # In the order in which columns of F become ready.
+        # In the order in which F's columns become ready.
         tile = task - n_sort - n_factor
         row_tiles = tl.cdiv(n_rows, BLOCK_M)
         col_tiles = tl.cdiv(n_cols, BLOCK_N)
@@ -143,7 +145,7 @@ def _fold_kernel(
         tl.store(place, rounded(total, old, seed, position, STOCHASTIC), mask=mask)
 
 
-# What is not in this launch's zeros does not matter to a tuning's next run.
+# Tuning runs the kernel many times: each time on the same weight, and on zeros.
 _tuned = TunedProduct(
     _fold_kernel, restore=("weight", "tickets", "flags", "totals", "counts", "ready")
 )
