@@ -37,7 +37,7 @@ from ._rounding import rounded
 # tile of W has all or none.
 _ROWS = tl.constexpr(8)
 _COLS = tl.constexpr(128)
-_ENTRIES = tl.constexpr(32)  # whose rows of the basis are on their way at the same time
+_ENTRIES = tl.constexpr(16)  # whose rows of the basis are on their way at the same time
 
 
 @triton.jit
@@ -48,6 +48,7 @@ def _factor_tile(
     """`factor[o] = sum of values[e] * basis[inner[e]]` over `starts[o] <= e < starts[o + 1]`."""
     cols = first_col + tl.arange(0, _COLS)
     wide = factor.dtype.element_ty
+    basis_cols = basis + cols.to(tl.int64)[None, :] * basis_col_stride  # [1, _COLS]
     to = factor + first_row.to(tl.int64) * n_cols + cols
     for row in range(first_row, tl.minimum(first_row + _ROWS, n_rows)):
         begin = tl.load(starts + row)
@@ -58,9 +59,7 @@ def _factor_tile(
             value = tl.load(values + e, mask=e < end, other=0.0)
             at = tl.load(inner + e, mask=e < end, other=0).to(tl.int64)
             tile = tl.load(
-                basis
-                + at[:, None] * basis_row_stride
-                + cols.to(tl.int64)[None, :] * basis_col_stride,
+                basis_cols + at[:, None] * basis_row_stride,
                 mask=(e < end)[:, None] & (cols < n_cols)[None, :],
                 other=0.0,
             )  # [_ENTRIES, _COLS]
@@ -101,13 +100,14 @@ def _fold_kernel(
     elif task < n_sort + n_factor:
         # Columns of F one after another, since all tasks of one read the same part of `first`.
         tile = task - n_sort
+        col_task = tile // row_tasks
         wait(flags + PLACED, n_parts)
         _factor_tile(
             first, first_row_stride, first_col_stride, width,
-            tile % row_tasks * _ROWS, n_outer, tile // row_tasks * _COLS,
+            (tile - col_task * row_tasks) * _ROWS, n_outer, col_task * _COLS,
             starts, sorted_inner, sorted_values, n, factor,
         )  # fmt: skip
-        signal(ready + tile // row_tasks)
+        signal(ready + col_task)
     else:
         # In the order in which F's columns become ready.
         tile = task - n_sort - n_factor
@@ -135,10 +135,10 @@ def _fold_kernel(
         rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
         cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
         mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-        position = rows.to(tl.int64)[:, None] * n_cols + cols[None, :]
         if WIDE:
             rows = rows.to(tl.int64)
             cols = cols.to(tl.int64)
+        position = (rows[:, None] * n_cols + cols[None, :]).to(tl.int64)
         place = weight + rows[:, None] * row_stride + cols[None, :] * col_stride
         old = tl.load(place, mask=mask, other=0.0)
         total = old.to(sums.dtype) + sums
@@ -221,7 +221,7 @@ def fold_(
     fold_stochastic_(weight, u, v, indices, values, None)
 
 
-def _fold_variant(name: str, left: bool) -> tuple[dict[str, str], dict[str, Any]]:
+def _variant(name: str, left: bool) -> tuple[dict[str, str], dict[str, Any]]:
     narrow, wide = name in ("bf16", "fp16"), "fp64" if name == "fp64" else "fp32"
     pointers = dict.fromkeys(("weight", "first", "second", "values", "sorted_values"), f"*{name}")
     longs = ("outer", "inner", "tickets", "flags", "totals", "counts", "ready", "starts")
@@ -240,15 +240,15 @@ def _fold_variant(name: str, left: bool) -> tuple[dict[str, str], dict[str, Any]
 def _ahead_of_time() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     entries: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = []
     for name in ("fp32", "bf16", "fp16", "fp64"):
-        narrow = name in ("bf16", "fp16")
-        for config in CONFIGS[8 if name == "fp64" else 4]:
+        configs = CONFIGS[8 if name == "fp64" else 4]
+        # 64-bit offsets once, in the tile that is the default.
+        for config, wide in [(config, False) for config in configs] + [(configs[0], True)]:
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
             for left in (True, False):
-                signature, constants = _fold_variant(name, left)
-                for precise in ("tf32",) if narrow or name == "fp64" else ("tf32", "ieee"):
-                    chosen = constants | {"PRECISION": precise, "WIDE": False} | config.kwargs
+                signature, constants = _variant(name, left)
+                for precise in ("tf32", "ieee") if name == "fp32" else ("tf32",):
+                    chosen = constants | {"PRECISION": precise, "WIDE": wide} | config.kwargs
                     entries.append((_fold_kernel, signature, chosen, options))
-        entries.append((_fold_kernel, signature, chosen | {"WIDE": True}, options))
     return entries
 
 
