@@ -37,7 +37,7 @@ from ._rounding import rounded
 # tile of W has all or none.
 _ROWS = tl.constexpr(8)
 _COLS = tl.constexpr(128)
-_ENTRIES = tl.constexpr(16)  # whose rows of the basis are on their way at the same time
+_ENTRIES = tl.constexpr(32)  # whose rows of the basis are on their way at the same time
 
 
 @triton.jit
@@ -55,14 +55,15 @@ def _factor_tile(
         end = tl.load(starts + row + 1, mask=row + 1 < n_rows, other=n)
         products = tl.zeros((_ENTRIES, _COLS), dtype=wide)
         for first in range(begin, end, _ENTRIES):
-            e = first + tl.arange(0, _ENTRIES)
-            value = tl.load(values + e, mask=e < end, other=0.0)
-            at = tl.load(inner + e, mask=e < end, other=0).to(tl.int64)
+            e = tl.arange(0, _ENTRIES)
+            mask = e < end - first
+            at = tl.load(inner + first + e, mask=mask, other=0).to(tl.int64)
             tile = tl.load(
                 basis_cols + at[:, None] * basis_row_stride,
-                mask=(e < end)[:, None] & (cols < n_cols)[None, :],
+                mask=mask[:, None] & (cols < n_cols)[None, :],
                 other=0.0,
             )  # [_ENTRIES, _COLS]
+            value = tl.load(values + first + e, mask=mask, other=0.0)
             products += value.to(wide)[:, None] * tile.to(wide)
         tl.store(to, tl.sum(products, 0), mask=cols < n_cols)
         to += n_cols
