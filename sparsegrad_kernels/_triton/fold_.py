@@ -56,14 +56,14 @@ def _factor_tile(
         products = tl.zeros((_ENTRIES, _COLS), dtype=wide)
         for first in range(begin, end, _ENTRIES):
             e = tl.arange(0, _ENTRIES)
-            mask = e < end - first
+            mask = e < tl.minimum(end - first, _ENTRIES).to(tl.int32)
+            value = tl.load(values + first + e, mask=mask, other=0.0)
             at = tl.load(inner + first + e, mask=mask, other=0).to(tl.int64)
             tile = tl.load(
                 basis_cols + at[:, None] * basis_row_stride,
                 mask=mask[:, None] & (cols < n_cols)[None, :],
                 other=0.0,
             )  # [_ENTRIES, _COLS]
-            value = tl.load(values + first + e, mask=mask, other=0.0)
             products += value.to(wide)[:, None] * tile.to(wide)
         tl.store(to, tl.sum(products, 0), mask=cols < n_cols)
         to += n_cols
