@@ -4,7 +4,7 @@ python benchmarks/time_model.py [--out DIR]
 
 A kernel's time is
 
-    max(bytes / bandwidth, flops / rate) + gap
+    max(bytes / bandwidth, flops / rate) + gap + waits
 
 - bytes: each operand once, as the operator's algorithm reads and writes it; sparse accesses count
   whole sectors of 32 bytes. "Cold" operands lie in HBM. "Warm" ones were just written or read: they
@@ -16,6 +16,7 @@ A kernel's time is
   several tiles and splits along K the best is taken, as autotuning would.
 - gap: between kernels of one stream in a CUDA graph. Without a graph, the host needs `HOST_LAUNCH`
   for each launch, and a step takes the longer of the two sums.
+- waits: where tasks of one launch need the results of others that have just been made.
 
 Every constant below is either a data sheet's or marked as an assumption; the first measurement
 should replace the assumptions, not the formulas. What the model leaves out: clock changes under
@@ -50,6 +51,7 @@ IN_FLIGHT = 32  # bytes that one thread asks for at once: two loads of 16
 LIBRARY = 0.72  # of a tensor core's peak, cuBLAS on large matrices at sustained clocks
 TRITON = 0.85 * LIBRARY  # the aim set for these kernels
 GAP = 1.5e-6  # s between kernels of a CUDA graph
+WAIT = 3e-6  # s from the last task's signal, or its start, until the tasks behind it have begun
 HOST_LAUNCH = 1e-5  # s of Python, PyTorch, Triton and driver for each launch
 HOST_READ = 12e-6  # s from the end of a kernel until the host has its result and launches again
 TILES = {(128, 256): 1.0, (128, 128): 0.95, (64, 128): 0.8, (64, 64): 0.6}  # share of the rate
@@ -111,6 +113,7 @@ class Work:
     launches: float = 1
     occupancy: float = 1
     host_reads: int = 0
+    waits: int = 0
     resident: float = 0  # bytes that the warm ones are spread over, where they are read repeatedly
 
     def seconds(self, state: str = "mixed") -> float:
@@ -122,7 +125,7 @@ class Work:
         far = self.cold + self.warm - near
         asked = self.occupancy * WARPS * 32 * IN_FLIGHT * MULTIPROCESSORS / LATENCY
         memory = far / min(HBM * HBM_SHARE, asked) + near / (L2 * HBM_SHARE)
-        waiting = self.launches * GAP + self.host_reads * HOST_READ
+        waiting = self.launches * GAP + self.host_reads * HOST_READ + self.waits * WAIT
         return max(memory, self.flops / self.rate) + waiting
 
 
@@ -201,19 +204,26 @@ def adam(case: Case, occupancy: float) -> Work:
 
 
 def fold(case: Case) -> list[Work]:
-    """`(V^T D~) U` or `V^T (D~ U)`: k rows of one basis added up, then a product with the other."""
+    """`(V^T D~) U` or `V^T (D~ U)`, one launch: its entries sorted, k rows of one basis added up,
+    then a product with the other."""
     sides = (case.outputs, case.rank_out, case.rank_in), (case.inputs, case.rank_in, case.rank_out)
     width, rank, depth = min(sides, key=lambda s: case.k * s[0] + s[2] * case.weight)
+    parts = min(128, ceil(case.k / 256))
+    # Keys are read twice, the entries once, and written; counts are filled, added to, made places.
+    counts = 8 * depth * parts
+    moved = case.k * (8 + 16 + case.size + 4 + case.size) + 5 * counts
+    sort = Work(0, moved, launches=LAUNCHES["fold_"], waits=3)
     sums = Work(
         0,
         case.k * width * case.size,
         2 * case.k * width,
         RATE["fp32"],
-        launches=LAUNCHES["fold_"] - 1,
+        launches=0,
         resident=rank * width * case.size,
+        waits=1,
     )
     product = matmul(case, width, case.weight // width, depth, TRITON, "a")
-    return [sums, replace(product, cold=product.cold + case.weight * case.size, launches=1)]
+    return [sort, sums, replace(product, cold=product.cold + case.weight * case.size, launches=0)]
 
 
 def rotated_gradient(case: Case) -> list[Work]:

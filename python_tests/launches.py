@@ -129,33 +129,38 @@ class Launches:
         self.seen.append((inner.__name__, pointers))
 
 
-class Reads(TorchDispatchMode):
-    """Counts operations outside kernels that wait for a value of the device."""
+class Operations(TorchDispatchMode):
+    """Outside kernels: which operations are more than views and allocations, and which wait for a
+    value of the device."""
 
     def __init__(self, launches: Launches) -> None:
         super().__init__()
         self.launches = launches
+        self.reads: list[str] = []
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self.launches.running:
             return func(*args, **(kwargs or {}))
         name = func.__name__.partition(".")[0]
+        makes = any("Tensor" in str(each.type) for each in func._schema.returns)
+        if makes and not func.is_view and name not in ("empty", "new_empty"):
+            self.found.append(name)
         masks = name == "index" and [i for i in args[1] if i is not None and i.dtype == torch.bool]
         if masks or name in ("nonzero", "masked_select", "_unique2", "equal"):
-            self.found.append(name)
+            self.reads.append(name)
         if name == "_local_scalar_dense":
             return self.read(args[0], name) or func(*args)
         out = func(*args, **(kwargs or {}))
         devices = {t.device.type for t in (*args, out) if isinstance(t, Tensor)}
         if name in ("_to_copy", "copy_") and len(devices) > 1:
-            self.found.append(f"{name} between host and device")
+            self.reads.append(f"{name} between host and device")
         return out
 
     def read(self, tensor: Tensor, name: str) -> int:
         """A count for what is fake; a copy on the host was counted when it was made."""
         if tensor.device == torch.device(DEVICE):
-            self.found.append(name)
+            self.reads.append(name)
         return 0 if INTERPRETING else 5
 
     @contextmanager
@@ -245,15 +250,20 @@ def arguments(name: str, shape: tuple[int, int, int], dtype: torch.dtype) -> dic
 
 
 def observe(launcher: Callable[[], Any], launches: Launches) -> dict[str, Any]:
-    reads = Reads(launches)
+    operations = Operations(launches)
     launches.seen = []
     error = ""
     try:
-        with reads.with_tolist():
+        with operations.with_tolist():
             launcher()
     except Exception as problem:
         error = f"{type(problem).__name__}: {problem}"
-    return {"reads": reads.found, "error": error, "launched": launches.seen}
+    return {
+        "reads": operations.reads,
+        "operations": operations.found,
+        "error": error,
+        "launched": launches.seen,
+    }
 
 
 def main() -> None:

@@ -66,6 +66,47 @@ def test_property(out, in_, share, n, dtype, seed):
     check(*make(out, in_, r_out, r_in, n, dtype, generator), "contiguous")
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [(131, 40, 17, 9), (40, 131, 9, 33), (24, 24, 24, 8)])
+@pytest.mark.parametrize("identity", [False, True])
+def test_entries_in_any_order(dtype, size, identity, generator):
+    """More than the kernels take at a time, each element several times, some rows never."""
+    weight, u, v, indices, values = make(*size, 300, dtype, generator)
+    indices[0] -= indices[0] % 3
+    if identity:
+        u, v = None, None
+    first, second = weight.clone(), weight.clone()
+    fold_(first, u, v, indices, values)
+    fold_(second, u, v, indices, values)
+    assert torch.equal(first, second)
+    check(weight, u, v, indices, values, "contiguous")
+
+
+def test_entries_of_one_element_are_added_in_their_order(generator):
+    indices = torch.randint(2, (2, 500), generator=generator)
+    values = torch.randn(500, generator=generator) * 10 ** torch.randn(500, generator=generator)
+    weight = torch.zeros(2, 2)
+    fold_(weight, None, None, indices, values)
+    expected = torch.zeros(2, 2)
+    for row, col, value in zip(*indices.tolist(), values, strict=True):
+        expected[row, col] += value
+    assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("size", [(131, 40, 17, 9), (40, 131, 9, 33)])
+def test_rows_of_the_basis_without_entries_take_no_part(size, generator):
+    weight, u, v, indices, values = make(*size, 30, torch.float32, generator)
+    indices -= indices % 2
+    expected = weight.clone()
+    fold_(expected, u, v, indices, values)
+    for basis, used in ((u, indices[1]), (v, indices[0])):
+        absent = torch.ones(len(basis), dtype=torch.bool)
+        absent[used] = False
+        basis[absent] = torch.nan
+    fold_(weight, u, v, indices, values)
+    assert torch.equal(weight, expected)
+
+
 def test_does_not_write_the_basis(generator):
     weight, u, v, indices, values = make(8, 6, 8, 6, 9, torch.float32, generator)
     copies = [t.clone() for t in (u, v, indices, values)]
@@ -125,14 +166,14 @@ def spread(dtype: torch.dtype) -> torch.Tensor:
     return torch.tensor([[*numbers, limits.max, limits.min, torch.inf, torch.nan, 100.0]]).to(dtype)
 
 
-def every_column(n: int) -> torch.Tensor:
-    return torch.stack([torch.zeros(n, dtype=torch.int64), torch.arange(n)])
+def every_element(weight: torch.Tensor) -> torch.Tensor:
+    return torch.ones_like(weight).nonzero().T
 
 
-def fold_row(weight: torch.Tensor, values: torch.Tensor, seed: int) -> torch.Tensor:
-    """`weight + values` for one row, each element rounded stochastically."""
+def fold_all(weight: torch.Tensor, values: torch.Tensor, seed: int) -> torch.Tensor:
+    """`weight + values`, one for each element, rounded stochastically."""
     result = weight.clone()
-    fold_(result, None, None, every_column(weight.shape[1]), values, seed_of(seed))
+    fold_(result, None, None, every_element(weight), values, seed_of(seed))
     return result
 
 
@@ -158,28 +199,28 @@ def test_stochastic_is_a_neighbour_of_the_sum(dtype, rotated, layout, generator)
 @pytest.mark.parametrize("dtype", NARROW)
 def test_stochastic_is_unbiased(dtype):
     n, gap = 4000, torch.finfo(dtype).eps
-    weight = torch.ones(1, n, dtype=dtype)
+    weight = torch.ones(40, n // 40, dtype=dtype)
     # 0.3 of the gap: rounded to nearest, it is lost.
     values = torch.full((n,), 0.3 * gap, dtype=dtype)
-    up = torch.stack([fold_row(weight, values, seed) > 1 for seed in range(8)]).double()
+    up = torch.stack([fold_all(weight, values, seed) > 1 for seed in range(8)]).double()
     assert bool(((up == 0) | (up == 1)).all())
     share = values[0].double().item() / gap
     error = (share * (1 - share) / up.numel()) ** 0.5
     assert abs(up.mean().item() - share) < 5 * error
     nearest = weight.clone()
-    fold_(nearest, None, None, every_column(n), values)
+    fold_(nearest, None, None, every_element(weight), values)
     assert torch.equal(nearest, weight)
 
 
 def test_stochastic_is_unbiased_where_float16_is_subnormal():
     n, gap = 4000, 2.0**-24
     big = torch.full((n,), 3 * gap, dtype=torch.float16)
-    weight = torch.full((1, n), 0.25 * 2.0**-14, dtype=torch.float16)
-    result = fold_row(weight, big, 1)  # representable: exact
-    assert torch.equal(result, weight + big)
+    weight = torch.full((40, n // 40), 0.25 * 2.0**-14, dtype=torch.float16)
+    result = fold_all(weight, big, 1)  # representable: exact
+    assert torch.equal(result, weight + big.view_as(weight))
     # 1 + 1 / 3 of a gap: the product of a basis row and a value that float16 cannot hold.
-    u = torch.full((1, n), 2.0**-12, dtype=torch.float16)
-    v, value = torch.ones(1, 1, dtype=torch.float16), torch.tensor([2.0**-12 / 3]).half()
+    u = torch.full((1, n // 40), 2.0**-12, dtype=torch.float16)
+    v, value = torch.ones(1, 40, dtype=torch.float16), torch.tensor([2.0**-12 / 3]).half()
     wanted = 0.25 * 2.0**-14 + value.double().item() * 2.0**-12
     fold_(weight, u, v, torch.zeros(2, 1, dtype=torch.int64), value, seed_of(2))
     share = (wanted / gap) % 1
@@ -194,7 +235,7 @@ def test_stochastic_leaves_what_no_update_changes(dtype):
         torch.zeros(weight.shape[1], dtype=dtype),
         -torch.zeros(weight.shape[1]).to(dtype),
     ):
-        result = fold_row(weight, values, 3)
+        result = fold_all(weight, values, 3)
         assert torch.equal(result.view(torch.int16), weight.view(torch.int16))
 
 
@@ -208,7 +249,7 @@ def test_stochastic_of_limits(dtype):
     more = torch.tensor([limits.max, -torch.inf, torch.nan, 1.0])
     values = torch.cat([values, more]).to(dtype)
     for seed in range(20):
-        result = fold_row(weight, values, seed)[0]
+        result = fold_all(weight, values, seed)[0]
         assert result[0] == limits.max and result[1] == limits.min
         assert result[2] == torch.inf and result[3].isnan() and result[4].isnan()
         assert result[5] == torch.inf
@@ -219,7 +260,7 @@ def test_stochastic_bits_are_pinned():
     gap = torch.finfo(torch.bfloat16).eps
     weight = torch.ones(1, 16, dtype=torch.bfloat16)
     values = torch.full((16,), 0.5 * gap).bfloat16()
-    up = (fold_row(weight, values, 2**40 + 1)[0] > 1).int().tolist()
+    up = (fold_all(weight, values, 2**40 + 1)[0] > 1).int().tolist()
     assert up == [1, 0, 0, 0, 0, 0, 1, 1, 1, 1, 0, 0, 1, 0, 0, 0]
 
 

@@ -77,7 +77,8 @@ def test_what_waits_for_a_value_is_noticed(interpret):
     controls = launches(interpret)["controls"]
     for name in ("item", "tolist", "mask", "nonzero"):
         assert controls[name]["reads"] or controls[name]["error"], name
-    assert controls["none"] == {"reads": [], "error": "", "launched": []}
+    operations = ["sum", "add"]
+    assert controls["none"] == {"reads": [], "operations": operations, "error": "", "launched": []}
 
 
 def owner(case: str) -> str:
@@ -105,6 +106,16 @@ def test_no_launcher_reads_a_value_of_the_device(op, interpret):
             assert len(seen["reads"]) == 1, f"{case}: {seen['reads']}"
         if "empty" not in case:
             assert seen["launched"], f"{case} launches nothing"
+
+
+@modes
+def test_fold_is_one_launch(interpret):
+    cases = {c: seen for c, seen in launches(interpret)["found"].items() if owner(c) == "fold_"}
+    assert cases
+    for case, seen in cases.items():
+        assert len(seen["launched"]) == 1, f"{case}: {seen['launched']}"
+        # Those that its tasks count in.
+        assert seen["operations"] == ["zeros"], f"{case}: {seen['operations']}"
 
 
 @pytest.mark.parametrize("op", OPS)

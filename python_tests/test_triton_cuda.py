@@ -174,6 +174,51 @@ def test_fold_agrees_with_float64(size, dtype, generator, no_sync):
         ops.fold_(*arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("identity", [False, True], ids=["rotated", "identity"])
+@pytest.mark.parametrize(
+    "shape", [(61, 67, 300), (1037, 390, 40_000), (390, 1037, 40_000), (3072, 768, 23_600)], ids=str
+)
+def test_fold_gives_the_same_bits_each_time(shape, identity, dtype, generator):
+    """A task that does not wait for what it reads shows here, and one that waits for ever."""
+    n_out, n_in, n = shape
+    weight = torch.randn(n_out, n_in, generator=generator).to(dtype)
+    r_out, r_in = (n_out, n_in) if identity else (n_out - 2, n_in - 3)
+    u, v = (
+        None if identity else (torch.randn(r, size, generator=generator) / size**0.5).to(dtype)
+        for r, size in ((r_in, n_in), (r_out, n_out))
+    )
+    # In no order, some twice, a third of them in one column and others in one row.
+    indices = torch.stack([torch.randint(r, (n,), generator=generator) for r in (r_out, r_in)])
+    indices[1, : n // 3] = 0
+    indices[0, n // 2 :: 5] = r_out - 1
+    values = torch.randn(n, generator=generator).to(dtype)
+    expected = weight.double()
+    bases = [None if basis is None else basis.double() for basis in (u, v)]
+    ops.fold_(expected, *bases, indices, values.double())
+    scale = weight.double().abs()
+    ops.fold_(scale, *(b if b is None else b.abs() for b in bases), indices, values.double().abs())
+
+    weight, indices, values = weight.cuda(), indices.cuda(), values.cuda()
+    bases = [None if basis is None else basis.cuda() for basis in (u, v)]
+    seed = torch.tensor([3], device="cuda") if dtype == torch.bfloat16 else None
+    first = weight.clone()
+    ops.fold_(first, *bases, indices, values)
+    assert_close(first, expected, scale)
+    first = weight.clone()
+    ops.fold_(first, *bases, indices, values, seed)
+    different = torch.zeros(2, dtype=torch.int64, device="cuda")
+    streams = torch.cuda.Stream(), torch.cuda.Stream()  # two launches at the same time
+    torch.cuda.synchronize()
+    for run in range(200):
+        with torch.cuda.stream(streams[run % 2]):
+            again = weight.clone()
+            ops.fold_(again, *bases, indices, values, seed)
+            different[run % 2] += (again != first).sum()
+    torch.cuda.synchronize()
+    assert different.tolist() == [0, 0]
+
+
 def assert_graph_equals_eager(
     run: Callable[..., object], inputs: list[Tensor], changed: list[Tensor], n_written: int = 0
 ) -> None:

@@ -1,7 +1,10 @@
-"""`fold_`: `W += V^T D~ U`, D~ given by its entries, in an order that does not vary.
+"""`fold_`: `W += V^T D~ U`, D~ given by its entries, in one launch, in an order that does not vary.
 
-A stable sort brings the entries of one element, or of one row or column of D~, together, in the
-order given: each sum then has one program, and no two programs write to one place.
+Its tasks wait for each other as `_dataflow.py` says. A stable counting sort brings the entries of
+one row or column of D~ together, in the order given. Then tiles of the factor, `V^T D~` or `D~ U`,
+whichever is cheaper, are summed from rows of one basis, and tiles of W from the factor and the
+other, each as soon as its own columns of the factor are there. Each sum has one program, and no
+two programs write to one place. Without a basis, see `_add_entries.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +17,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops._checks import check_bounds
+from ._add_entries import ADD_ENTRIES_AOT, add_entries
 from ._common import implement, needs_int64
+from ._counting_sort import PLACED, sort_of, sort_task
+from ._dataflow import signal, take_ticket, wait, zeroed
 from ._product import (
     ALL,
     CONFIGS,
@@ -27,146 +33,164 @@ from ._product import (
 )
 from ._rounding import rounded
 
-
-@triton.jit
-def _add_entries_kernel(
-    weight, row_stride, col_stride, n_cols, keys, order, values, value_stride, n, seed,
-    STOCHASTIC: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """`W[key] += values of that key`, one after another, key = row * n_cols + column, sorted."""
-    e = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    key = tl.load(keys + e, mask=e < n, other=-1)
-    previous = tl.load(keys + e - 1, mask=(e > 0) & (e < n), other=-1)
-    first = (e < n) & (key != previous)
-
-    place = weight + (key // n_cols) * row_stride + (key % n_cols) * col_stride
-    old = tl.load(place, mask=first, other=0.0)
-    wide = tl.float64 if weight.dtype.element_ty == tl.float64 else tl.float32
-    total = old.to(wide)
-    more = first
-    while tl.max(more.to(tl.int32), 0) > 0:
-        at = tl.load(order + e, mask=more, other=0)
-        value = tl.load(values + at * value_stride, mask=more, other=0.0)
-        total = tl.where(more, total + value.to(wide), total)
-        e += 1
-        more = more & (e < n)
-        more = more & (tl.load(keys + e, mask=more, other=-1) == key)
-    tl.store(place, rounded(total, old, seed, key, STOCHASTIC), mask=first)
+# A task of the factor: so many of its rows, one after another, and so many columns, of which every
+# tile of W has all or none.
+_ROWS = tl.constexpr(8)
+_COLS = tl.constexpr(128)
+_ENTRIES = tl.constexpr(32)  # whose rows of the basis are on their way at the same time
 
 
 @triton.jit
-def _sparse_times_kernel(
-    basis, basis_row_stride, basis_col_stride, n_cols,
-    starts, order, inner, inner_stride, values, value_stride,
-    out, present,
-    BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
+def _factor_tile(
+    basis, basis_row_stride, basis_col_stride, n_cols, first_row, n_rows, first_col,
+    starts, inner, values, n, factor,
 ):  # fmt: skip
-    """`out[o] = sum of values[e] * basis[inner[e]]` over the entries e of group o.
-
-    `order[starts[o] : starts[o + 1]]` are the group's entries; `present[o]` is o, or -1 where it
-    has none. `out [groups, n_cols]` is contiguous.
-    """
-    group = tl.program_id(0)
-    cols = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    begin = tl.load(starts + group)
-    end = tl.load(starts + group + 1)
-
-    sums = tl.zeros((BLOCK_N,), dtype=out.dtype.element_ty)
-    for first in range(begin, end, BLOCK_E):
-        e = first + tl.arange(0, BLOCK_E)
-        at = tl.load(order + e, mask=e < end, other=0)
-        value = tl.load(values + at * value_stride, mask=e < end, other=0.0)
-        row = tl.load(inner + at * inner_stride, mask=e < end, other=0)
-        tile = tl.load(
-            basis + row[:, None] * basis_row_stride + cols.to(tl.int64)[None, :] * basis_col_stride,
-            mask=(e < end)[:, None] & (cols < n_cols)[None, :],
-            other=0.0,
-        )  # [BLOCK_E, BLOCK_N]
-        sums += tl.sum(value.to(sums.dtype)[:, None] * tile.to(sums.dtype), 0)
-
-    tl.store(out + group.to(tl.int64) * n_cols + cols, sums, mask=cols < n_cols)
-    if tl.program_id(1) == 0:
-        tl.store(present + group, tl.where(begin < end, group, -1))
+    """`factor[o] = sum of values[e] * basis[inner[e]]` over `starts[o] <= e < starts[o + 1]`."""
+    cols = first_col + tl.arange(0, _COLS)
+    wide = factor.dtype.element_ty
+    basis_cols = basis + cols.to(tl.int64)[None, :] * basis_col_stride  # [1, _COLS]
+    to = factor + first_row.to(tl.int64) * n_cols + cols
+    for row in range(first_row, tl.minimum(first_row + _ROWS, n_rows)):
+        begin = tl.load(starts + row)
+        end = tl.load(starts + row + 1, mask=row + 1 < n_rows, other=n)
+        products = tl.zeros((_ENTRIES, _COLS), dtype=wide)
+        for first in range(begin, end, _ENTRIES):
+            e = tl.arange(0, _ENTRIES)
+            mask = e < tl.minimum(end - first, _ENTRIES).to(tl.int32)
+            value = tl.load(values + first + e, mask=mask, other=0.0)
+            at = tl.load(inner + first + e, mask=mask, other=0).to(tl.int64)
+            tile = tl.load(
+                basis_cols + at[:, None] * basis_row_stride,
+                mask=mask[:, None] & (cols < n_cols)[None, :],
+                other=0.0,
+            )  # [_ENTRIES, _COLS]
+            products += value.to(wide)[:, None] * tile.to(wide)
+        tl.store(to, tl.sum(products, 0), mask=cols < n_cols)
+        to += n_cols
 
 
-@triton.jit(do_not_specialize=["bucket"])
-def _add_product_kernel(
+@triton.jit(do_not_specialize=["n", "n_parts", "n_sort", "bucket"])
+def _fold_kernel(
     weight, row_stride, col_stride,
-    a, a_row_stride, a_inner_stride,
-    b, b_inner_stride, b_col_stride,
-    inner, n_inner, n_rows, n_cols, seed, bucket,
-    STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
+    first, first_row_stride, first_col_stride,
+    second, second_row_stride, second_col_stride,
+    outer, inner, entry_stride, values, value_stride,
+    n, n_outer, n_parts, n_sort, n_rows, n_cols, seed, bucket,
+    tickets, flags, totals, counts, ready,
+    starts, present, sorted_inner, sorted_values, factor,
+    LEFT: tl.constexpr, STOCHASTIC: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """`W += A[:, inner] @ B[inner]`, where `inner` is not -1."""
-    row_tile, col_tile = tile_of(
-        tl.program_id(0), tl.cdiv(n_rows, BLOCK_M), tl.cdiv(n_cols, BLOCK_N), GROUP
-    )
-    sums = product_tile(
-        a, a_row_stride, a_inner_stride, b, b_inner_stride, b_col_stride,
-        inner, n_rows, n_rows, inner, n_inner, n_inner, n_cols,
-        row_tile, col_tile, 0, 1,
-        ROWS, INNER, PRECISION, WIDE, BLOCK_M, BLOCK_N, BLOCK_K,
-    )  # fmt: skip
+    """`W += F^T U` for `F = D~^T V` if LEFT, else `W += V^T F` for `F = D~ U`.
 
-    rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
-    position = rows.to(tl.int64)[:, None] * n_cols + cols[None, :]
-    if WIDE:
-        rows = rows.to(tl.int64)
-        cols = cols.to(tl.int64)
-    place = weight + rows[:, None] * row_stride + cols[None, :] * col_stride
-    old = tl.load(place, mask=mask, other=0.0)
-    total = old.to(sums.dtype) + sums
-    tl.store(place, rounded(total, old, seed, position, STOCHASTIC), mask=mask)
+    `first` is the basis in F, `second` the other. `outer` and `inner` are an entry's row and
+    column of what F multiplies `first` by: D~^T if LEFT, else D~. `factor` is F, contiguous.
+    """
+    tl.static_assert(_COLS % (BLOCK_M if LEFT else BLOCK_N) == 0)
+    task = take_ticket(tickets)
+    width = n_rows if LEFT else n_cols
+    row_tasks = tl.cdiv(n_outer, _ROWS)
+    n_factor = row_tasks * tl.cdiv(width, _COLS)
+    if task < n_sort:
+        sort_task(
+            task, outer, entry_stride, inner, entry_stride, values, value_stride,
+            n, n_outer, n_parts, flags, totals, counts,
+            None, sorted_inner, sorted_values, starts, present,
+        )  # fmt: skip
+    elif task < n_sort + n_factor:
+        # Columns of F one after another, since all tasks of one read the same part of `first`.
+        tile = task - n_sort
+        col_task = tile // row_tasks
+        wait(flags + PLACED, n_parts)
+        _factor_tile(
+            first, first_row_stride, first_col_stride, width,
+            (tile - col_task * row_tasks) * _ROWS, n_outer, col_task * _COLS,
+            starts, sorted_inner, sorted_values, n, factor,
+        )  # fmt: skip
+        signal(ready + col_task)
+    else:
+        # In the order in which F's columns become ready.
+        tile = task - n_sort - n_factor
+        row_tiles = tl.cdiv(n_rows, BLOCK_M)
+        col_tiles = tl.cdiv(n_cols, BLOCK_N)
+        if LEFT:
+            row_tile, col_tile = tile_of(tile, row_tiles, col_tiles, GROUP)
+            wait(ready + row_tile * BLOCK_M // _COLS, row_tasks)
+            sums = product_tile(
+                factor, 1, width, second, second_row_stride, second_col_stride,
+                present, n_rows, n_rows, present, n_outer, n_outer, n_cols,
+                row_tile, col_tile, 0, 1,
+                ROWS, INNER, PRECISION, WIDE, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+        else:
+            col_tile, row_tile = tile_of(tile, col_tiles, row_tiles, GROUP)
+            wait(ready + col_tile * BLOCK_N // _COLS, row_tasks)
+            sums = product_tile(
+                second, second_col_stride, second_row_stride, factor, width, 1,
+                present, n_rows, n_rows, present, n_outer, n_outer, n_cols,
+                row_tile, col_tile, 0, 1,
+                ROWS, INNER, PRECISION, WIDE, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+
+        rows = row_tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = col_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+        mask = (rows < n_rows)[:, None] & (cols < n_cols)[None, :]
+        if WIDE:
+            rows = rows.to(tl.int64)
+            cols = cols.to(tl.int64)
+        position = (rows[:, None] * n_cols + cols[None, :]).to(tl.int64)
+        place = weight + rows[:, None] * row_stride + cols[None, :] * col_stride
+        old = tl.load(place, mask=mask, other=0.0)
+        total = old.to(sums.dtype) + sums
+        tl.store(place, rounded(total, old, seed, position, STOCHASTIC), mask=mask)
 
 
-_tuned_product = TunedProduct(_add_product_kernel, restore=("weight",))
-_ENTRIES_BLOCK = 256
-_GROUP_TILE = {"BLOCK_E": 8, "BLOCK_N": 256, "num_warps": 4}
+# Tuning runs the kernel many times: each time on the same weight, and on zeros.
+_tuned = TunedProduct(
+    _fold_kernel, restore=("weight", "tickets", "flags", "totals", "counts", "ready")
+)
 
 
-def _sparse_times(
-    basis: Tensor, indices: Tensor, values: Tensor, axis: int, n_groups: int
-) -> tuple[Tensor, Tensor]:
-    """`D~ @ basis` for axis 0, `D~.T @ basis` for 1, in float32 or wider, and its rows' list."""
-    keys, order = indices[axis].sort(stable=True)
-    starts = torch.searchsorted(keys, torch.arange(n_groups + 1, device=keys.device))
-    n_cols = basis.shape[1]
-    wide = torch.promote_types(basis.dtype, torch.float32)
-    out = basis.new_empty((n_groups, n_cols), dtype=wide)
-    present = basis.new_empty(n_groups, dtype=torch.int32)
-    inner = indices[1 - axis]
-    grid = (n_groups, triton.cdiv(n_cols, _GROUP_TILE["BLOCK_N"]))
-    _sparse_times_kernel[grid](
-        basis, basis.stride(0), basis.stride(1), n_cols, starts, order,
-        inner, inner.stride(0), values, values.stride(0), out, present, **_GROUP_TILE,
-    )  # fmt: skip
-    return out, present
-
-
-def _add_product(
-    weight: Tensor, left: Tensor, right: Tensor, present: Tensor, seed: Tensor | None
+def _fold(
+    weight: Tensor, u: Tensor, v: Tensor, indices: Tensor, values: Tensor, seed: Tensor | None
 ) -> None:
-    """`weight += left.T @ right`, over the rows of both that `present` lists."""
-    n_rows, n_cols = weight.shape
-    # A narrow factor is exact in tf32, and the other, rounded to tf32, still finer than it.
+    (n_rows, n_cols), n = weight.shape, values.shape[0]
+    left_first = n * n_rows + u.shape[0] * n_cols * n_rows
+    right_first = n * n_cols + v.shape[0] * n_cols * n_rows
+    left = left_first <= right_first
+    first, second = (v, u) if left else (u, v)
+    inner, outer = (indices[0], indices[1]) if left else (indices[1], indices[0])
+
+    n_outer, width = second.shape[0], first.shape[1]
+    sort = sort_of(n, n_outer)
+    col_tasks = triton.cdiv(width, _COLS.value)
+    before = sort.n_tasks + triton.cdiv(n_outer, _ROWS.value) * col_tasks
+    tickets, flags, totals, counts, ready = zeroed(weight.device, 1, *sort.sizes, col_tasks)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    factor = weight.new_empty((n_outer, width), dtype=wide)
+    # A narrow basis is exact in tf32, and the factor, rounded to tf32, still finer than it.
     narrow = weight.element_size() == 2
 
     def grid(tile: dict[str, Any]) -> tuple[int]:
-        return (triton.cdiv(n_rows, tile["BLOCK_M"]) * triton.cdiv(n_cols, tile["BLOCK_N"]),)
+        tiles = triton.cdiv(n_rows, tile["BLOCK_M"]) * triton.cdiv(n_cols, tile["BLOCK_N"])
+        return (before + tiles,)
 
-    _tuned_product(
+    _tuned(
         max(weight.element_size(), 4), grid,
         weight=weight, row_stride=weight.stride(0), col_stride=weight.stride(1),
-        a=left, a_row_stride=left.stride(1), a_inner_stride=left.stride(0),
-        b=right, b_inner_stride=right.stride(0), b_col_stride=right.stride(1),
-        inner=present, n_inner=present.shape[0], n_rows=n_rows, n_cols=n_cols, seed=seed,
-        bucket=bucket(n_rows, present.shape[0], n_cols), STOCHASTIC=seed is not None,
-        ROWS=ALL.value, INNER=LISTED.value, PRECISION="tf32" if narrow else precision(),
-        WIDE=needs_int64(weight, left, right),
+        first=first, first_row_stride=first.stride(0), first_col_stride=first.stride(1),
+        second=second, second_row_stride=second.stride(0), second_col_stride=second.stride(1),
+        outer=outer, inner=inner, entry_stride=outer.stride(0),
+        values=values, value_stride=values.stride(0),
+        n=n, n_outer=n_outer, n_parts=sort.n_parts, n_sort=sort.n_tasks,
+        n_rows=n_rows, n_cols=n_cols, seed=seed, bucket=bucket(n_rows, n_outer, n_cols, 1 + left),
+        tickets=tickets, flags=flags, totals=totals, counts=counts, ready=ready,
+        starts=totals.new_empty(n_outer), present=totals.new_empty(n_outer, dtype=torch.int32),
+        sorted_inner=totals.new_empty(n, dtype=torch.int32), sorted_values=values.new_empty(n),
+        factor=factor, LEFT=left, STOCHASTIC=seed is not None,
+        ROWS=ALL.value, INNER=LISTED.value,
+        PRECISION="tf32" if narrow else precision(), WIDE=needs_int64(weight, factor, second),
     )  # fmt: skip
 
 
@@ -179,27 +203,16 @@ def fold_stochastic_(
     values: Tensor,
     seed: Tensor | None,
 ) -> None:
-    n, (n_out, n_in) = values.shape[0], weight.shape
-    r_out, r_in = (n_out if v is None else v.shape[0]), (n_in if u is None else u.shape[0])
-    check_bounds(indices, (r_out, r_in))
-    if n == 0 or weight.numel() == 0:
+    n_rows = weight.shape[0] if v is None else v.shape[0]
+    n_cols = weight.shape[1] if u is None else u.shape[0]
+    check_bounds(indices, (n_rows, n_cols))
+    if values.shape[0] == 0 or weight.numel() == 0:
         return
     weight = weight.detach()  # tuning writes it back
     if u is None or v is None:
-        keys, order = (indices[0] * n_in + indices[1]).sort(stable=True)
-        _add_entries_kernel[(triton.cdiv(n, _ENTRIES_BLOCK),)](
-            weight, weight.stride(0), weight.stride(1), n_in, keys, order,
-            values, values.stride(0), n, seed, STOCHASTIC=seed is not None, BLOCK=_ENTRIES_BLOCK,
-        )  # fmt: skip
-        return
-    left_first = n * n_out + r_in * n_in * n_out
-    right_first = n * n_in + r_out * n_in * n_out
-    if left_first <= right_first:
-        left, present = _sparse_times(v, indices, values, 1, r_in)
-        _add_product(weight, left, u, present, seed)
+        add_entries(weight, indices, values, seed)
     else:
-        right, present = _sparse_times(u, indices, values, 0, r_out)
-        _add_product(weight, v, right, present, seed)
+        _fold(weight, u, v, indices, values, seed)
 
 
 @implement("fold_")
@@ -209,54 +222,35 @@ def fold_(
     fold_stochastic_(weight, u, v, indices, values, None)
 
 
-def _aligned_product(name: str, narrow: bool) -> tuple[dict[str, str], dict[str, Any]]:
-    signature = {"weight": f"*{name}", "inner": "*i32", "seed": "*i64"}
-    # The factor the entries were multiplied into is wide; each may be either.
-    signature |= {"a": "*fp32" if narrow else f"*{name}", "b": f"*{name}"}
-    integers = ("row_stride", "a_inner_stride", "b_inner_stride", "n_inner", "n_rows", "n_cols")
-    signature |= dict.fromkeys((*integers, "bucket"), "i32")
-    constants: dict[str, Any] = {
-        "col_stride": 1,
-        "a_row_stride": 1,
-        "b_col_stride": 1,
-        "STOCHASTIC": narrow,
-    }
+def _variant(name: str, left: bool) -> tuple[dict[str, str], dict[str, Any]]:
+    narrow, wide = name in ("bf16", "fp16"), "fp64" if name == "fp64" else "fp32"
+    pointers = dict.fromkeys(("weight", "first", "second", "values", "sorted_values"), f"*{name}")
+    longs = ("outer", "inner", "tickets", "flags", "totals", "counts", "ready", "starts")
+    pointers |= dict.fromkeys(longs, "*i64")
+    pointers |= dict.fromkeys(("present", "sorted_inner"), "*i32") | {"factor": f"*{wide}"}
+    integers = ("row_stride", "first_row_stride", "second_row_stride", "n", "n_outer", "n_parts")
+    signature = pointers | dict.fromkeys((*integers, "n_sort", "n_rows", "n_cols", "bucket"), "i32")
+    ones = ("col_stride", "first_col_stride", "second_col_stride", "entry_stride", "value_stride")
+    constants: dict[str, Any] = dict.fromkeys(ones, 1) | {"LEFT": left, "STOCHASTIC": narrow}
     constants |= {"ROWS": ALL.value, "INNER": LISTED.value}
-    if not narrow:
-        del signature["seed"]
-        constants["seed"] = None
-    return signature, constants
+    if narrow:
+        return signature | {"seed": "*i64"}, constants
+    return signature, constants | {"seed": None}
 
 
 def _ahead_of_time() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]]:
     entries: list[tuple[Any, dict[str, str], dict[str, Any], dict[str, int]]] = []
     for name in ("fp32", "bf16", "fp16", "fp64"):
-        narrow, wide = name in ("bf16", "fp16"), "fp64" if name == "fp64" else "fp32"
-        options = {"num_warps": 4, "num_stages": 3}
-        seed = {"seed": "*i64"} if narrow else {}
-        no_seed = {} if narrow else {"seed": None}
-        strides = dict.fromkeys(("row_stride", "n_cols", "n"), "i32")
-        signature = {"weight": f"*{name}", "keys": "*i64", "order": "*i64", "values": f"*{name}"}
-        constants = {"col_stride": 1, "value_stride": 1, "STOCHASTIC": narrow} | no_seed
-        constants |= {"BLOCK": _ENTRIES_BLOCK}
-        entries.append((_add_entries_kernel, signature | strides | seed, constants, options))
-
-        pointers = {"basis": f"*{name}", "values": f"*{name}", "out": f"*{wide}"}
-        pointers |= {"starts": "*i64", "order": "*i64", "inner": "*i64", "present": "*i32"}
-        for width in ("i32", "i64"):
-            sizes = {"basis_row_stride": width, "n_cols": "i32"}
-            ones = dict.fromkeys(("basis_col_stride", "inner_stride", "value_stride"), 1)
-            tile = {key: size for key, size in _GROUP_TILE.items() if key != "num_warps"}
-            entries.append((_sparse_times_kernel, pointers | sizes, ones | tile, options))
-
-        signature, constants = _aligned_product(name, narrow)
-        for config in CONFIGS[8 if name == "fp64" else 4]:
+        configs = CONFIGS[8 if name == "fp64" else 4]
+        # 64-bit offsets once, in the tile that is the default.
+        for config, wide in [(config, False) for config in configs] + [(configs[0], True)]:
             options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-            for precise in ("tf32",) if narrow or name == "fp64" else ("tf32", "ieee"):
-                chosen = constants | {"PRECISION": precise, "WIDE": False} | config.kwargs
-                entries.append((_add_product_kernel, signature, chosen, options))
-        entries.append((_add_product_kernel, signature, chosen | {"WIDE": True}, options))
+            for left in (True, False):
+                signature, constants = _variant(name, left)
+                for precise in ("tf32", "ieee") if name == "fp32" else ("tf32",):
+                    chosen = constants | {"PRECISION": precise, "WIDE": wide} | config.kwargs
+                    entries.append((_fold_kernel, signature, chosen, options))
     return entries
 
 
-AOT = _ahead_of_time()
+AOT = [*_ahead_of_time(), *ADD_ENTRIES_AOT]
