@@ -10,7 +10,7 @@
 namespace sparsegrad {
 namespace {
 
-constexpr int64_t kBlock = 1 << 17;  // elements of the product made at a time
+constexpr int64_t kBlock = 1 << 19;  // elements of the product made at a time: fewer slow it down
 constexpr int64_t kFewTokens = 512;  // whose product costs no more than searching it by blocks
 constexpr int64_t kSmall = 1 << 23;  // elements that may be held
 
@@ -101,7 +101,7 @@ std::tuple<Tensor, Tensor> grad_weight_topk(
   const NoGrad no_grad;
   const int64_t n = g.size(1) * x.size(1);
   // Of few entries, or where many are kept, the product itself is no larger than the candidates.
-  if (n < 4 * kBlock || k > n / 16) {
+  if (n < kBlock || k > n / 64) {
     return topk_of(product_of(torch::stable::transpose(g, 0, 1), x, tol), k);
   }
   const RowsCols kept = find_rows_cols(g, tol);

@@ -354,7 +354,7 @@ std::optional<std::tuple<Tensor, Tensor>> screened_topk(
   const int64_t n_rows = static_cast<int64_t>(kept.cols.size());
   const int64_t n_cols = right.size(1), n = right.size(0);
   if (!has_fast_bfloat16() || g.scalar_type() != ScalarType::Float || !has_adjacent(g) ||
-      !has_adjacent(right) || n < kLeastDepth || k > n_rows * n_cols / 32 || n_rows * n_cols < kLeast / n) {
+      !has_adjacent(right) || n < kLeastDepth || k > n_rows * n_cols / 64 || n_rows * n_cols < kLeast / n) {
     return {};
   }
   // Tokens of adjacent outputs are read where they are; else what is kept is gathered.
