@@ -118,6 +118,7 @@ def race(request: pytest.FixtureRequest, benchmark, lane: Lane) -> Callable[[Com
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     session = config.stash[_SESSION]
+    del machine_info["node"]  # the machine's name
     machine_info["sparsegrad"] = provenance(session.device)
     if session.roofs is not None:
         machine_info["roofs"] = session.roofs.as_dict()

@@ -11,7 +11,6 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 
 import torch
 from torch import Tensor
@@ -120,7 +119,11 @@ def provenance(device: torch.device) -> dict[str, object]:
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "device": str(device),
         **environment(),
-        "backends": {name: asdict(backend) for name, backend in backends().items()},
+        # Without the place of a library that was loaded: results are shown to others.
+        "backends": {
+            name: backend.details if backend.loaded else backend.reason
+            for name, backend in backends().items()
+        },
     }
     if device.type == "cuda":
         found["card"] = torch.cuda.get_device_name(device)

@@ -86,8 +86,9 @@ def training_section(page: Page, document: dict[str, Any]) -> None:
         "the ranks that an energy leaves are a random network's.",
     )
     page.add(tables.averages_table(document["rows"]))
-    device = document["provenance"]["device"]
-    page.figure(f"training-{device}", figures.training(document["rows"]), "speed and memory")
+    models = "-".join(dict.fromkeys(row["model"] for row in document["rows"]))
+    name = f"training-{document['provenance']['device']}-{models}"
+    page.figure(name, figures.training(document["rows"]), "speed and memory")
     page.section(
         "By task",
         "The paper's Tables 7 and 8. SparseGrad's fold counts as forward. Out of memory is a row.",
