@@ -9,27 +9,29 @@ from cases import DTYPES, assert_close_to, orthogonal, strided_views
 from sparsegrad_kernels.ops import fold_
 
 OP = torch.ops.sparsegrad_kernels.fold_.default
+SIDES = ("both", "in", "out", "none")  # which have a basis; that of the others is the identity
 
 
-def make(out, in_, r_out, r_in, n, dtype, generator):
+def make(out, in_, r_out, r_in, n, dtype, generator, sides="both"):
     weight = torch.randn(out, in_, generator=generator).to(dtype)
-    u, v = orthogonal(in_, generator)[:r_in], orthogonal(out, generator)[:r_out]
+    u = orthogonal(in_, generator)[:r_in].to(dtype) if sides in ("both", "in") else None
+    v = orthogonal(out, generator)[:r_out].to(dtype) if sides in ("both", "out") else None
+    r_in, r_out = in_ if u is None else r_in, out if v is None else r_out
     # With replacement: entries given twice are summed.
     rows = torch.randint(r_out, (n,), generator=generator)
     cols = torch.randint(r_in, (n,), generator=generator)
     values = torch.randn(n, generator=generator).to(dtype)
-    return weight, u.to(dtype), v.to(dtype), torch.stack([rows, cols]), values
+    return weight, u, v, torch.stack([rows, cols]), values
 
 
 def check(weight, u, v, indices, values, layout: str) -> None:
-    identity = u is None
-    u64 = torch.eye(weight.shape[1], dtype=torch.float64) if identity else u.double()
-    v64 = torch.eye(weight.shape[0], dtype=torch.float64) if identity else v.double()
+    u64 = torch.eye(weight.shape[1], dtype=torch.float64) if u is None else u.double()
+    v64 = torch.eye(weight.shape[0], dtype=torch.float64) if v is None else v.double()
     d = torch.zeros(v64.shape[0], u64.shape[0], dtype=torch.float64)
     d.index_put_((indices[0], indices[1]), values.double(), accumulate=True)
     oracle = weight.double() + v64.T @ d @ u64
     scale = weight.double().abs() + v64.abs().T @ d.abs() @ u64.abs()
-    if identity:  # summed one by one in the weight's dtype
+    if u is None and v is None:  # summed one by one in the weight's dtype
         scale = scale + values.double().abs().sum()
     target = strided_views(weight)[layout]
     fold_(target, u, v, indices, values)
@@ -40,15 +42,11 @@ def check(weight, u, v, indices, values, layout: str) -> None:
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (12, 5, 12, 5), (5, 12, 3, 7), (30, 20, 30, 4)])
 @pytest.mark.parametrize("n", [0, 1, 40])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
-def test_equals_oracle(dtype, size, n, layout, generator):
-    weight, u, v, indices, values = make(*size, n, dtype, generator)
-    check(weight, strided_views(u)[layout], strided_views(v)[layout], indices, values, layout)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_identity(dtype, generator):
-    weight, _, _, indices, values = make(9, 7, 9, 7, 30, dtype, generator)
-    check(weight, None, None, indices, values, "contiguous")
+@pytest.mark.parametrize("sides", SIDES)
+def test_equals_oracle(dtype, size, n, layout, sides, generator):
+    weight, u, v, indices, values = make(*size, n, dtype, generator, sides)
+    u, v = (None if factor is None else strided_views(factor)[layout] for factor in (u, v))
+    check(weight, u, v, indices, values, layout)
 
 
 @settings(max_examples=60, deadline=None)
@@ -58,23 +56,22 @@ def test_identity(dtype, generator):
     share=st.floats(0.05, 1),
     n=st.integers(0, 60),
     dtype=st.sampled_from(DTYPES),
+    sides=st.sampled_from(SIDES),
     seed=st.integers(0, 2**31),
 )
-def test_property(out, in_, share, n, dtype, seed):
+def test_property(out, in_, share, n, dtype, sides, seed):
     generator = torch.Generator().manual_seed(seed)
     r_out, r_in = max(1, int(share * out)), max(1, int(share * in_))
-    check(*make(out, in_, r_out, r_in, n, dtype, generator), "contiguous")
+    check(*make(out, in_, r_out, r_in, n, dtype, generator, sides), "contiguous")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(131, 40, 17, 9), (40, 131, 9, 33), (24, 24, 24, 8)])
-@pytest.mark.parametrize("identity", [False, True])
-def test_entries_in_any_order(dtype, size, identity, generator):
+@pytest.mark.parametrize("sides", SIDES)
+def test_entries_in_any_order(dtype, size, sides, generator):
     """More than the kernels take at a time, each element several times, some rows never."""
-    weight, u, v, indices, values = make(*size, 300, dtype, generator)
+    weight, u, v, indices, values = make(*size, 300, dtype, generator, sides)
     indices[0] -= indices[0] % 3
-    if identity:
-        u, v = None, None
     first, second = weight.clone(), weight.clone()
     fold_(first, u, v, indices, values)
     fold_(second, u, v, indices, values)
@@ -94,17 +91,36 @@ def test_entries_of_one_element_are_added_in_their_order(generator):
 
 
 @pytest.mark.parametrize("size", [(131, 40, 17, 9), (40, 131, 9, 33)])
-def test_rows_of_the_basis_without_entries_take_no_part(size, generator):
-    weight, u, v, indices, values = make(*size, 30, torch.float32, generator)
+@pytest.mark.parametrize("sides", SIDES[:3])
+def test_rows_of_the_basis_without_entries_take_no_part(size, sides, generator):
+    weight, u, v, indices, values = make(*size, 30, torch.float32, generator, sides)
     indices -= indices % 2
     expected = weight.clone()
     fold_(expected, u, v, indices, values)
     for basis, used in ((u, indices[1]), (v, indices[0])):
+        if basis is None:
+            continue
         absent = torch.ones(len(basis), dtype=torch.bool)
         absent[used] = False
         basis[absent] = torch.nan
     fold_(weight, u, v, indices, values)
     assert torch.equal(weight, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sides", ["in", "out"])
+def test_one_side_leaves_what_no_update_changes(dtype, sides, generator):
+    """Rows (columns, of the output basis alone) of W without an entry are not touched."""
+    weight, u, v, indices, values = make(70, 90, 70, 90, 40, dtype, generator, sides)
+    weight[0, 0] = -0.0
+    indices = indices - indices % 2 + 1
+    copy = weight.clone()
+    fold_(weight, u, v, indices, values)
+    ahead = (slice(None, None, 2),) if sides == "in" else (slice(None), slice(None, None, 2))
+    bits = torch.int64 if dtype == torch.float64 else torch.int32
+    bits = bits if weight.element_size() > 2 else torch.int16
+    assert torch.equal(weight[ahead].contiguous().view(bits), copy[ahead].contiguous().view(bits))
+    assert not torch.equal(weight, copy)
 
 
 def test_does_not_write_the_basis(generator):
@@ -118,23 +134,26 @@ def test_does_not_write_the_basis(generator):
 def test_bad_input():
     w, u, v = torch.zeros(3, 2), torch.eye(2), torch.eye(3)
     i, x = torch.tensor([[2], [1]]), torch.ones(1)
-    with pytest.raises(ValueError, match="u and v must both be given, or both be None"):
-        fold_(w, u, None, i, x)
+    with pytest.raises(ValueError, match=r"u must have 2 columns for weight \(3, 2\)"):
+        fold_(w, torch.eye(3), None, i, x)
     with pytest.raises(ValueError, match=r"v must have 3 columns for weight \(3, 2\)"):
         fold_(w, u, torch.eye(4), i, x)
     with pytest.raises(TypeError, match="u must have the dtype of weight"):
         fold_(w, u.double(), v, i, x)
     with pytest.raises(ValueError, match=r"indices must lie in \[0, 2\) x \[0, 2\)"):
         fold_(w, u, v[:2], i, x)
+    with pytest.raises(ValueError, match=r"indices must lie in \[0, 2\) x \[0, 2\)"):
+        fold_(w, None, v[:2], i, x)
+    with pytest.raises(ValueError, match=r"indices must lie in \[0, 3\) x \[0, 1\)"):
+        fold_(w, u[:1], None, i, x)
     with pytest.raises(ValueError, match=r"indices must lie in \[0, 3\) x \[0, 2\)"):
         fold_(w, None, None, torch.tensor([[3], [0]]), x)
     assert (w == 0).all()
 
 
-def test_opcheck(generator):
-    weight, u, v, indices, values = make(8, 6, 5, 4, 9, torch.float32, generator)
-    torch.library.opcheck(OP, (weight, u, v, indices, values))
-    torch.library.opcheck(OP, (weight, None, None, indices, values))
+@pytest.mark.parametrize("sides", SIDES)
+def test_opcheck(sides, generator):
+    torch.library.opcheck(OP, make(8, 6, 5, 4, 9, torch.float32, generator, sides))
 
 
 def test_compile(generator):
@@ -178,11 +197,10 @@ def fold_all(weight: torch.Tensor, values: torch.Tensor, seed: int) -> torch.Ten
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("sides", SIDES)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
-def test_stochastic_is_a_neighbour_of_the_sum(dtype, rotated, layout, generator):
-    weight, u, v, indices, values = make(9, 7, 9, 7, 30, dtype, generator)
-    factors = (u, v) if rotated else (None, None)
+def test_stochastic_is_a_neighbour_of_the_sum(dtype, sides, layout, generator):
+    weight, *factors, indices, values = make(9, 7, 9, 7, 30, dtype, generator, sides)
     exact = weight.double()  # not float32, which may be multiplied as tf32
     fold_(exact, *(f if f is None else f.double() for f in factors), indices, values.double())
     target = strided_views(weight.clone())[layout]
@@ -280,7 +298,7 @@ def test_stochastic_bad_input():
         fold_(w, None, None, torch.tensor([[3], [0]]), x, seed_of(1))
 
 
-def test_stochastic_opcheck(generator):
-    weight, u, v, indices, values = make(8, 6, 5, 4, 9, torch.bfloat16, generator)
-    torch.library.opcheck(OP_STOCHASTIC, (weight, u, v, indices, values, seed_of(1)))
-    torch.library.opcheck(OP_STOCHASTIC, (weight, None, None, indices, values, seed_of(1)))
+@pytest.mark.parametrize("sides", SIDES)
+def test_stochastic_opcheck(sides, generator):
+    arguments = make(8, 6, 5, 4, 9, torch.bfloat16, generator, sides)
+    torch.library.opcheck(OP_STOCHASTIC, (*arguments, seed_of(1)))

@@ -2,7 +2,8 @@
 //
 // (V^T D) U  costs  n out + |C| in out  multiply-adds,  V^T (D U)  n in + |R| in out.
 // Either way the sparse factor is multiplied here, into the side it shrinks, and torch adds the
-// dense product of the two sides. Without U and V the entries are added to W as they are.
+// dense product of the two sides. Without U or V, the identity, that factor is added to W at once;
+// without both, the entries.
 #include "../common.h"
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -16,8 +17,8 @@ constexpr int64_t kGrain = 1 << 14;  // entries worth a thread
 
 // ---- Without a basis ----
 
-template <class T>
-void add_entry(T& to, T value) {
+template <class T, class Value>
+void add_entry(T& to, Value value) {
   to = static_cast<T>(static_cast<wide_t<T>>(to) + static_cast<wide_t<T>>(value));
 }
 
@@ -132,11 +133,13 @@ SPARSEGRAD_INLINE inline void add_group(
   std::memcpy(sum, total, sizeof(total));
 }
 
-// out[o] = sum of value * b[kept[inner]] over the entries of group o. A few panels of columns are
-// copied together (b is read in longer pieces), then multiplied one by one, each from the cache.
-template <class W, class T>
+// For each group o, `store(o, j, row, n)` of n elements from column j on of the row
+// sum of value * b[kept[inner]] over its entries. A few panels of columns are copied together (b is
+// read in longer pieces), then multiplied one by one, each from the cache.
+template <class W, class T, class Store>
 void sparse_times(
-    const Grouped<W>& d, Matrix<const T> b, const std::vector<int64_t>& kept, Matrix<W> out) {
+    const Grouped<W>& d, Matrix<const T> b, const std::vector<int64_t>& kept, const Store& store) {
+  const int64_t n_groups = static_cast<int64_t>(d.begins.size()) - 1;
   const int64_t n_kept = static_cast<int64_t>(kept.size());
   const int64_t n_panels = (b.cols + kPanel - 1) / kPanel;
   for_range(n_panels, 1, [&](int64_t first_panel, int64_t last_panel) {
@@ -154,10 +157,10 @@ void sparse_times(
       for (int64_t j = begin; j < end; j += kPanel) {
         const W* panel = panels.data() + (j - begin) * n_kept;
         simd([&]() SPARSEGRAD_INLINE {
-          for (int64_t o = 0; o < out.rows; ++o) {
+          for (int64_t o = 0; o < n_groups; ++o) {
             W sum[kPanel];
             add_group(d, d.begins[o], d.begins[o + 1], panel, sum);
-            std::copy_n(sum, std::min(kPanel, end - j), &out(o, j));
+            store(o, j, sum, std::min(kPanel, end - j));
           }
         });
       }
@@ -188,6 +191,31 @@ void add_product(const Tensor& to, const Tensor& left, const Tensor& right) {
       aoti_torch_cpu_addmm_out(to.get(), to.get(), left.get(), right.get(), 1.0, 1.0));
 }
 
+template <class W>
+auto copy_to(Matrix<W> out) {
+  return [out](int64_t o, int64_t j, const W* row, int64_t n) SPARSEGRAD_INLINE {
+    std::copy_n(row, n, &out(o, j));
+  };
+}
+
+// W += D basis, or of transposes where `outer_axis` is 1: W^T += D^T basis.
+template <class T>
+void fold_one_side(
+    Matrix<T> weight, const Tensor& basis, Matrix<const int64_t> indices, const T* values,
+    int64_t value_stride, int64_t outer_axis) {
+  using W = wide_t<T>;
+  const Matrix<T> to = outer_axis == 0 ? weight : weight.transposed();
+  const Axis outer(indices, outer_axis, to.rows), inner(indices, 1 - outer_axis, basis.size(0));
+  const Grouped<W> d(indices, values, value_stride, outer_axis, outer, inner);
+  const auto add = [&](int64_t o, int64_t j, const W* row, int64_t n) SPARSEGRAD_INLINE {
+    T* const at = &to(outer.kept[o], j);
+    for (int64_t i = 0; i < n; ++i) {
+      add_entry(at[i * to.col_stride], row[i]);
+    }
+  };
+  sparse_times(d, matrix<T>(basis), inner.kept, add);
+}
+
 template <class T>
 void fold(
     const Tensor& weight, const Tensor& u, const Tensor& v, Matrix<const int64_t> indices,
@@ -203,12 +231,12 @@ void fold(
   if (left_first <= right_first) {
     const Grouped<W> d(indices, values, value_stride, 1, cols, rows);
     left = empty({cols.size(), n_out}, wide);
-    sparse_times(d, matrix<T>(v), rows.kept, mutable_matrix<W>(left));
+    sparse_times(d, matrix<T>(v), rows.kept, copy_to(mutable_matrix<W>(left)));
     right = gather_rows<W, T>(u, cols.kept, wide);
   } else {
     const Grouped<W> d(indices, values, value_stride, 0, rows, cols);
     right = empty({rows.size(), n_in}, wide);
-    sparse_times(d, matrix<T>(u), cols.kept, mutable_matrix<W>(right));
+    sparse_times(d, matrix<T>(u), cols.kept, copy_to(mutable_matrix<W>(right)));
     left = gather_rows<W, T>(v, rows.kept, wide);
   }
   left = torch::stable::transpose(left, 0, 1);
@@ -231,18 +259,20 @@ void fold_(
   STD_TORCH_CHECK(values.dim() == 1, "values must have 1 dimension, got ", values.dim());
   check_size("indices", indices.size(0), 2);
   check_size("indices", indices.size(1), values.size(0));
-  const bool rotated = u.has_value() && v.has_value();
-  if (rotated) {
+  if (u.has_value()) {
     check_matrix("u", *u);
-    check_matrix("v", *v);
     check_dtype("u", *u, weight.scalar_type());
-    check_dtype("v", *v, weight.scalar_type());
     check_size("u", u->size(1), weight.size(1));
+  }
+  if (v.has_value()) {
+    check_matrix("v", *v);
+    check_dtype("v", *v, weight.scalar_type());
     check_size("v", v->size(1), weight.size(0));
   }
   const Matrix<const int64_t> entries = matrix<int64_t>(indices);
   check_indices(
-      entries, rotated ? v->size(0) : weight.size(0), rotated ? u->size(0) : weight.size(1));
+      entries, v.has_value() ? v->size(0) : weight.size(0),
+      u.has_value() ? u->size(0) : weight.size(1));
   mark_written(weight);
   if (entries.cols == 0 || weight.numel() == 0) {
     return;
@@ -251,10 +281,13 @@ void fold_(
   dispatch_float(weight.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
     const T* data = static_cast<const T*>(values.const_data_ptr());
-    if (rotated) {
-      fold<T>(weight, *u, *v, entries, data, values.stride(0));
+    const int64_t stride = values.stride(0);
+    if (u.has_value() && v.has_value()) {
+      fold<T>(weight, *u, *v, entries, data, stride);
+    } else if (u.has_value() || v.has_value()) {
+      fold_one_side(mutable_matrix<T>(weight), u ? *u : *v, entries, data, stride, u ? 0 : 1);
     } else {
-      add_entries(mutable_matrix<T>(weight), entries, data, values.stride(0));
+      add_entries(mutable_matrix<T>(weight), entries, data, stride);
     }
   });
 }

@@ -66,6 +66,7 @@ def _offsets(block, n_keys, n_parts, totals, counts, starts, present):
     tl.store(cell, start[:, None] + tl.cumsum(count, 1) - count, mask=mask)
     if starts is not None:
         tl.store(starts + key, start, mask=key < n_keys)
+    if present is not None:
         tl.store(present + key, tl.where(of_key > 0, key, -1), mask=key < n_keys)
 
 

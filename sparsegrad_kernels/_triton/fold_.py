@@ -4,7 +4,7 @@ Its tasks wait for each other as `_dataflow.py` says. A stable counting sort bri
 one row or column of D~ together, in the order given. Then tiles of the factor, `V^T D~` or `D~ U`,
 whichever is cheaper, are summed from rows of one basis, and tiles of W from the factor and the
 other, each as soon as its own columns of the factor are there. Each sum has one program, and no
-two programs write to one place. Without a basis, see `_add_entries.py`.
+two programs write to one place. With one basis see `_add_rows.py`, without any `_add_entries.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..ops._checks import check_bounds
 from ._add_entries import ADD_ENTRIES_AOT, add_entries
+from ._add_rows import ADD_ROWS_AOT, TASK_COLS, TASK_ROWS, add_rows, entry_range, sum_of_rows
 from ._common import implement, needs_int64
 from ._counting_sort import PLACED, sort_of, sort_task
 from ._dataflow import signal, take_ticket, wait, zeroed
@@ -33,12 +34,6 @@ from ._product import (
 )
 from ._rounding import rounded
 
-# A task of the factor: so many of its rows, one after another, and so many columns, of which every
-# tile of W has all or none.
-_ROWS = tl.constexpr(8)
-_COLS = tl.constexpr(128)
-_ENTRIES = tl.constexpr(32)  # whose rows of the basis are on their way at the same time
-
 
 @triton.jit
 def _factor_tile(
@@ -46,26 +41,14 @@ def _factor_tile(
     starts, inner, values, n, factor,
 ):  # fmt: skip
     """`factor[o] = sum of values[e] * basis[inner[e]]` over `starts[o] <= e < starts[o + 1]`."""
-    cols = first_col + tl.arange(0, _COLS)
-    wide = factor.dtype.element_ty
-    basis_cols = basis + cols.to(tl.int64)[None, :] * basis_col_stride  # [1, _COLS]
+    cols = first_col + tl.arange(0, TASK_COLS)
     to = factor + first_row.to(tl.int64) * n_cols + cols
-    for row in range(first_row, tl.minimum(first_row + _ROWS, n_rows)):
-        begin = tl.load(starts + row)
-        end = tl.load(starts + row + 1, mask=row + 1 < n_rows, other=n)
-        products = tl.zeros((_ENTRIES, _COLS), dtype=wide)
-        for first in range(begin, end, _ENTRIES):
-            e = tl.arange(0, _ENTRIES)
-            mask = e < tl.minimum(end - first, _ENTRIES).to(tl.int32)
-            value = tl.load(values + first + e, mask=mask, other=0.0)
-            at = tl.load(inner + first + e, mask=mask, other=0).to(tl.int64)
-            tile = tl.load(
-                basis_cols + at[:, None] * basis_row_stride,
-                mask=mask[:, None] & (cols < n_cols)[None, :],
-                other=0.0,
-            )  # [_ENTRIES, _COLS]
-            products += value.to(wide)[:, None] * tile.to(wide)
-        tl.store(to, tl.sum(products, 0), mask=cols < n_cols)
+    for row in range(first_row, tl.minimum(first_row + TASK_ROWS, n_rows)):
+        begin, end = entry_range(starts, row, n_rows, n)
+        sums = sum_of_rows(
+            basis, basis_row_stride, basis_col_stride, cols, n_cols, inner, values, begin, end
+        )
+        tl.store(to, sums, mask=cols < n_cols)
         to += n_cols
 
 
@@ -87,11 +70,11 @@ def _fold_kernel(
     `first` is the basis in F, `second` the other. `outer` and `inner` are an entry's row and
     column of what F multiplies `first` by: D~^T if LEFT, else D~. `factor` is F, contiguous.
     """
-    tl.static_assert(_COLS % (BLOCK_M if LEFT else BLOCK_N) == 0)
+    tl.static_assert(TASK_COLS % (BLOCK_M if LEFT else BLOCK_N) == 0)
     task = take_ticket(tickets)
     width = n_rows if LEFT else n_cols
-    row_tasks = tl.cdiv(n_outer, _ROWS)
-    n_factor = row_tasks * tl.cdiv(width, _COLS)
+    row_tasks = tl.cdiv(n_outer, TASK_ROWS)
+    n_factor = row_tasks * tl.cdiv(width, TASK_COLS)
     if task < n_sort:
         sort_task(
             task, outer, entry_stride, inner, entry_stride, values, value_stride,
@@ -105,7 +88,7 @@ def _fold_kernel(
         wait(flags + PLACED, n_parts)
         _factor_tile(
             first, first_row_stride, first_col_stride, width,
-            (tile - col_task * row_tasks) * _ROWS, n_outer, col_task * _COLS,
+            (tile - col_task * row_tasks) * TASK_ROWS, n_outer, col_task * TASK_COLS,
             starts, sorted_inner, sorted_values, n, factor,
         )  # fmt: skip
         signal(ready + col_task)
@@ -116,7 +99,7 @@ def _fold_kernel(
         col_tiles = tl.cdiv(n_cols, BLOCK_N)
         if LEFT:
             row_tile, col_tile = tile_of(tile, row_tiles, col_tiles, GROUP)
-            wait(ready + row_tile * BLOCK_M // _COLS, row_tasks)
+            wait(ready + row_tile * BLOCK_M // TASK_COLS, row_tasks)
             sums = product_tile(
                 factor, 1, width, second, second_row_stride, second_col_stride,
                 present, n_rows, n_rows, present, n_outer, n_outer, n_cols,
@@ -125,7 +108,7 @@ def _fold_kernel(
             )  # fmt: skip
         else:
             col_tile, row_tile = tile_of(tile, col_tiles, row_tiles, GROUP)
-            wait(ready + col_tile * BLOCK_N // _COLS, row_tasks)
+            wait(ready + col_tile * BLOCK_N // TASK_COLS, row_tasks)
             sums = product_tile(
                 second, second_col_stride, second_row_stride, factor, width, 1,
                 present, n_rows, n_rows, present, n_outer, n_outer, n_cols,
@@ -164,8 +147,8 @@ def _fold(
 
     n_outer, width = second.shape[0], first.shape[1]
     sort = sort_of(n, n_outer)
-    col_tasks = triton.cdiv(width, _COLS.value)
-    before = sort.n_tasks + triton.cdiv(n_outer, _ROWS.value) * col_tasks
+    col_tasks = triton.cdiv(width, TASK_COLS.value)
+    before = sort.n_tasks + triton.cdiv(n_outer, TASK_ROWS.value) * col_tasks
     tickets, flags, totals, counts, ready = zeroed(weight.device, 1, *sort.sizes, col_tasks)
     wide = torch.promote_types(weight.dtype, torch.float32)
     factor = weight.new_empty((n_outer, width), dtype=wide)
@@ -209,10 +192,14 @@ def fold_stochastic_(
     if values.shape[0] == 0 or weight.numel() == 0:
         return
     weight = weight.detach()  # tuning writes it back
-    if u is None or v is None:
-        add_entries(weight, indices, values, seed)
-    else:
+    if u is not None and v is not None:
         _fold(weight, u, v, indices, values, seed)
+    elif u is not None:
+        add_rows(weight, u, False, indices, values, seed)
+    elif v is not None:
+        add_rows(weight, v, True, indices, values, seed)
+    else:
+        add_entries(weight, indices, values, seed)
 
 
 @implement("fold_")
@@ -253,4 +240,4 @@ def _ahead_of_time() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str
     return entries
 
 
-AOT = [*_ahead_of_time(), *ADD_ENTRIES_AOT]
+AOT = [*_ahead_of_time(), *ADD_ROWS_AOT, *ADD_ENTRIES_AOT]

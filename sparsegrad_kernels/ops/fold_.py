@@ -1,7 +1,7 @@
 """Fold a sparse update of the transformed space into the weight (design 2.2).
 
 `W += V^T D~ U`, with `D~ [r_out, r_in]` given by its entries. `(V^T D~) U` or `V^T (D~ U)`,
-whichever is cheaper.
+whichever is cheaper; without `U` or `V`, the identity, that product is added as it is.
 """
 
 from __future__ import annotations
@@ -20,11 +20,28 @@ def _sparse_times(indices: Tensor, values: Tensor, size: tuple[int, int], b: Ten
     return torch.sparse.mm(s, b)
 
 
+def _add_rows(weight: Tensor, basis: Tensor, indices: Tensor, values: Tensor) -> None:
+    """`weight += D basis`: those of its rows in which D holds an entry."""
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    rows, row_of = indices[0].unique(return_inverse=True)
+    cols, col_of = indices[1].unique(return_inverse=True)
+    size = (len(rows), len(cols))
+    entries = torch.stack([row_of, col_of])
+    added = _sparse_times(entries, values.to(wide), size, basis[cols].to(wide))
+    weight.index_copy_(0, rows, (weight[rows].to(wide) + added).to(weight.dtype))
+
+
 def _reference(
     weight: Tensor, u: Tensor | None, v: Tensor | None, indices: Tensor, values: Tensor
 ) -> None:
-    if u is None or v is None:
+    if u is None and v is None:
         weight.index_put_((indices[0], indices[1]), values, accumulate=True)
+        return
+    if u is None or v is None:
+        if u is not None:
+            _add_rows(weight, u, indices, values)
+        elif v is not None:
+            _add_rows(weight.T, v, indices.flip(0), values)
         return
     wide = torch.promote_types(weight.dtype, torch.float32)
     # Only the rows R and columns C of D~ that hold an entry take part.
@@ -106,8 +123,8 @@ def fold_(
 
     Args:
         weight: `[out, in]`, updated in place.
-        u: `[r_in, in]`, the leading rows of the input basis, or None (with `v`): the identity.
-        v: `[r_out, out]`, the leading rows of the output basis, or None (with `u`).
+        u: `[r_in, in]`, the leading rows of the input basis, or None: the identity.
+        v: `[r_out, out]`, the leading rows of the output basis, or None: the identity.
         indices: `[2, k]` int64; entries given twice are summed.
         values: `[k]`, dtype and device of `weight`.
         seed: one int64 on the device of `weight`, bfloat16 or float16, which is then rounded
@@ -116,23 +133,23 @@ def fold_(
             None: round to nearest.
 
     Raises:
-        TypeError, ValueError: wrong rank, shape, dtype or device, indices out of bounds (checked
-            on the CPU), or one of `u` and `v` without the other.
+        TypeError, ValueError: wrong rank, shape, dtype or device, or indices out of bounds
+            (checked on the CPU).
     """
     check_matrix("weight", weight)
-    if (u is None) != (v is None):
-        raise ValueError("u and v must both be given, or both be None")
-    shape = (weight.shape[0], weight.shape[1])
-    if u is not None and v is not None:
-        for name, factor, size in (("u", u, shape[1]), ("v", v, shape[0])):
-            check_matrix(name, factor)
-            check_like(name, factor, "weight", weight)
-            if factor.shape[1] != size:
-                raise ValueError(
-                    f"{name} must have {size} columns for weight {shape}, "
-                    f"got shape {tuple(factor.shape)}"
-                )
-        shape = (v.shape[0], u.shape[0])
+    rank = [weight.shape[0], weight.shape[1]]
+    for axis, (name, factor) in enumerate((("v", v), ("u", u))):
+        if factor is None:
+            continue
+        check_matrix(name, factor)
+        check_like(name, factor, "weight", weight)
+        if factor.shape[1] != weight.shape[axis]:
+            raise ValueError(
+                f"{name} must have {weight.shape[axis]} columns for weight "
+                f"{tuple(weight.shape)}, got shape {tuple(factor.shape)}"
+            )
+        rank[axis] = factor.shape[0]
+    shape = (rank[0], rank[1])
     check_coo(indices, values, "weight", weight)
     if seed is not None:
         _check_seed(seed, weight)
