@@ -2,7 +2,8 @@
 //
 // (V^T D) U  costs  n out + |C| in out  multiply-adds,  V^T (D U)  n in + |R| in out.
 // Either way the sparse factor is multiplied first, into the side it shrinks; then the dense
-// product of the two sides is added to W. Without U and V the entries are added as they are.
+// product of the two sides is added to W. Without U or V, the identity, that factor is added at
+// once; without both, the entries.
 //
 // Entries are sorted first, so sums have one order and bits do not vary. |C| and |R| are known on
 // the device only: the way is chosen by what they are at most.
@@ -32,6 +33,51 @@ __global__ void add_entries(
     sum += static_cast<wide_t<T>>(values[positions[e] * value_stride]);
   }
   weight(row, col) = round(sum, weight(row, col), keys[first]);
+}
+
+// ---- Groups of entries ----
+
+// D's entries by one axis, in groups of equal outer index, and room for at most `max_groups` groups.
+struct GroupedEntries {
+  SortedEntries entries;
+  int64_t max_groups;
+  Tensor room;
+  Groups groups;
+};
+
+GroupedEntries group_entries(
+    const Tensor& like, const Entries& d, bool by_cols, int parts, cudaStream_t stream) {
+  const int64_t n = d.indices.cols, outer = by_cols ? d.cols : d.rows;
+  const int64_t max_groups = std::min(outer, n);
+  const Tensor room = empty_on(like, (parts + 1) * max_groups + 2, ScalarType::Int);
+  int32_t* const ints = static_cast<int32_t*>(room.mutable_data_ptr());
+  const Groups groups{
+      ints, ints + parts * max_groups, ints + (parts + 1) * max_groups + 1, parts};
+  const SortedEntries entries = sort_entries(like, d, by_cols, stream);
+  find_groups<<<1, kScanThreads, 0, stream>>>(
+      entries.key(), static_cast<int32_t>(n), outer, by_cols ? d.rows : d.cols, groups);
+  check_launch();
+  return {entries, max_groups, room, groups};
+}
+
+// ---- With one basis ----
+
+// W += D basis, or `by_cols` of transposes: W^T += D^T basis.
+template <class T, class Round>
+void fold_one_side(
+    const Tensor& weight, const Tensor& basis, bool by_cols, Matrix<const int64_t> indices,
+    const T* values, int64_t value_stride, const Round& round, cudaStream_t stream) {
+  const Entries d{
+      indices, by_cols ? basis.size(0) : weight.size(0), by_cols ? weight.size(1) : basis.size(0)};
+  const GroupedEntries grouped = group_entries(weight, d, by_cols, 1, stream);
+  const auto from =
+      sparse_times_of<T>(grouped.groups, grouped.entries, values, value_stride, basis);
+  const Matrix<T> to = mutable_matrix<T>(weight);
+  if (by_cols) {
+    launch_add_columns(from, grouped.max_groups, to, round, stream);
+  } else {
+    launch_sparse_times(from, grouped.max_groups, AddRow<T, Round>{to, round}, stream);
+  }
 }
 
 // ---- The dense product ----
@@ -79,25 +125,19 @@ void fold_in_basis(
 
   // D's axis that is kept, and the basis of its other axis, by which it is multiplied.
   const Tensor &kept_basis = left_first ? u : v, &basis = left_first ? v : u;
-  const int64_t max_groups = left_first ? max_cols : max_rows;
-  const SortedEntries entries =
-      sort_entries(weight, {indices, v.size(0), u.size(0)}, left_first, stream);
-
   constexpr int kParts = Round::kParts;
-  const Tensor room = empty_on(weight, (kParts + 1) * max_groups + 2, ScalarType::Int);
-  int32_t* const ints = static_cast<int32_t*>(room.mutable_data_ptr());
-  const Groups groups{
-      ints, ints + kParts * max_groups, ints + (kParts + 1) * max_groups + 1, kParts};
-  find_groups<<<1, kScanThreads, 0, stream>>>(
-      entries.key(), static_cast<int32_t>(n), kept_basis.size(0), basis.size(0), groups);
-  check_launch();
+  const GroupedEntries grouped =
+      group_entries(weight, {indices, v.size(0), u.size(0)}, left_first, kParts, stream);
+  const Groups& groups = grouped.groups;
 
   // [parts * groups, width], its rows padded to 16 bytes
   const int64_t width = basis.size(1), pitch = (width + 7) / 8 * 8;
-  Tensor factor = torch::stable::new_empty(weight, {kParts * max_groups, pitch});
+  Tensor factor = torch::stable::new_empty(weight, {kParts * grouped.max_groups, pitch});
   factor = torch::stable::narrow(factor, 1, 0, width);
-  launch_sparse_times<T>(
-      groups, max_groups, entries, values, value_stride, matrix<T>(basis), factor, stream);
+  launch_sparse_times(
+      sparse_times_of<T>(groups, grouped.entries, values, value_stride, basis),
+      grouped.max_groups, StoreParts<T>{static_cast<T*>(factor.mutable_data_ptr()), pitch, kParts},
+      stream);
 
   const Operand<T> made = operand<T>(factor, 1, false), kept = operand<T>(kept_basis, 1, true);
   launch_product_as<true, true>(
@@ -127,15 +167,15 @@ void check_fold(
   STD_TORCH_CHECK(values.size(0) < int64_t{1} << 31, "values must be fewer than 2^31");
   check_size("indices", indices.size(0), 2);
   check_size("indices", indices.size(1), values.size(0));
-  STD_TORCH_CHECK(u.has_value() == v.has_value(), "u and v must both be given, or both be None");
-  if (u.has_value()) {
-    for (const auto& [name, basis] : {std::pair{"u", &*u}, {"v", &*v}}) {
+  const std::tuple<const char*, const std::optional<Tensor>&, int64_t> bases[] = {
+      {"u", u, weight.size(1)}, {"v", v, weight.size(0)}};
+  for (const auto& [name, basis, size] : bases) {
+    if (basis.has_value()) {
       check_sizes(name, *basis);
       check_dtype(name, *basis, weight.scalar_type());
       check_device(name, *basis, weight);
+      check_size(name, basis->size(1), size);
     }
-    check_size("u", u->size(1), weight.size(1));
-    check_size("v", v->size(1), weight.size(0));
   }
 }
 
@@ -146,13 +186,18 @@ void fold(
   const cudaStream_t stream = current_stream(weight);
   const Matrix<const int64_t> entries = matrix<int64_t>(indices);
   const T* data = static_cast<const T*>(values.const_data_ptr());
-  if (u.has_value()) {
-    return fold_in_basis<T>(weight, *u, *v, entries, data, values.stride(0), round, stream);
+  const int64_t stride = values.stride(0);
+  if (u.has_value() && v.has_value()) {
+    return fold_in_basis<T>(weight, *u, *v, entries, data, stride, round, stream);
+  }
+  if (u.has_value() || v.has_value()) {
+    return fold_one_side<T>(
+        weight, u ? *u : *v, !u.has_value(), entries, data, stride, round, stream);
   }
   const SortedEntries sorted =
       sort_entries(weight, {entries, weight.size(0), weight.size(1)}, false, stream);
   add_entries<T><<<num_blocks(entries.cols, kEntryThreads), kEntryThreads, 0, stream>>>(
-      mutable_matrix<T>(weight), sorted.key(), sorted.position(), data, values.stride(0),
+      mutable_matrix<T>(weight), sorted.key(), sorted.position(), data, stride,
       static_cast<int32_t>(entries.cols), round);
   check_launch();
 }
