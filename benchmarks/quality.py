@@ -52,6 +52,7 @@ class Setting:
     method: str
     density: float = 0.01
     energy: float | None = None
+    modes: str = "both"
     shared: bool = True
     refreshed: bool = False
 
@@ -62,6 +63,7 @@ class Setting:
             parts.append(f"{self.density:g}")
         if self.energy is not None:
             parts.append(f"energy{self.energy:g}")
+        parts += [f"{self.modes}-modes"] * (self.modes != "both")
         parts += ["perlayer"] * (not self.shared) + ["refreshed"] * self.refreshed
         return "-".join(parts)
 
@@ -75,6 +77,9 @@ SETTINGS = [
     Setting("sparsegrad", shared=False),
     Setting("sparsegrad", refreshed=True),
     Setting("sparsegrad", shared=False, refreshed=True),
+    Setting("sparsegrad", modes="smaller"),
+    Setting("sparsegrad", 0.042, modes="smaller"),
+    Setting("sparsegrad", energy=0.95, modes="smaller"),
 ]
 
 
@@ -190,6 +195,7 @@ def run(task: Any, setting: Setting, lr: float, seed: int, n_steps: int, split: 
     config = SparseGradConfig(
         density=setting.density,
         energy=setting.energy,
+        modes=setting.modes,
         shared_basis=setting.shared,
         layers=task.layers,
     )

@@ -48,6 +48,7 @@ def contenders(at: dict[str, float], device: torch.device) -> dict[str, Run]:
         "LoRA r=7": steps.lora(),
         "MeProp": steps.sparsegrad(None),
         "SparseGrad": steps.sparsegrad(full),
+        "SparseGrad, basis of the input": steps.sparsegrad(full.select(True, False)),
         "SparseGrad, basis 30% x 26%": steps.sparsegrad(short),
         "bound": steps.bound(),
     }

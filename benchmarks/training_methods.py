@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import models
 import torch
@@ -17,7 +17,7 @@ from paper import PaperLinear, Product, regular, sparse_by_dense
 from torch import nn
 
 from sparsegrad_kernels import Basis, SparseAdam, convert
-from sparsegrad_kernels.config import find_targets
+from sparsegrad_kernels.config import find_targets, wanted_modes
 
 _LR = 1e-6  # nothing is learnt from random labels
 
@@ -84,14 +84,21 @@ def _meprop(model: nn.Module, name: str, bases: Bases) -> Ready:
     return _sparse_adam(model, "identity basis, this package's kernels")
 
 
-def _sparsegrad(energy: float | None) -> Prepare:
+def _sparsegrad(energy: float | None, modes: str = "both") -> Prepare:
     def prepare(model: nn.Module, name: str, bases: Bases) -> Ready:
         _freeze(model, name)
         # A copy of the bases, so that they count as this method's memory.
-        convert(model, copy.deepcopy(dict(bases)), models.sparsegrad_config(name, energy))
-        # One of each group: what the truncation left.
+        config = replace(models.sparsegrad_config(name, energy), modes=modes)
+        targets = find_targets(model, config)
+        shapes = {target.group: target.shape for target in targets.values()}
+        own = {
+            group: copy.deepcopy(basis.select(*wanted_modes(modes, shapes[group])))
+            for group, basis in bases.items()
+        }
+        convert(model, own, config)
+        # One of each group: what the truncation left, of the modes that have a basis.
         kept = {
-            f"{layer.basis.rank_out}x{layer.basis.rank_in}"
+            f"{layer.basis.rank_out or '-'}x{layer.basis.rank_in or '-'}"
             for layer in model.modules()
             if getattr(layer, "basis", None) is not None
         }
@@ -127,6 +134,8 @@ METHODS: dict[str, Prepare] = {
     "paper SparseGrad, regular": _paper(regular),
     "paper SparseGrad, sparse-by-dense": _paper(sparse_by_dense),
     "SparseGrad": _sparsegrad(None),
+    "SparseGrad, smaller modes": _sparsegrad(None, "smaller"),
+    "SparseGrad, smaller modes, energy .95": _sparsegrad(0.95, "smaller"),
     "SparseGrad, energy .99": _sparsegrad(0.99),
     "SparseGrad, energy .95": _sparsegrad(0.95),
     "SparseGrad, energy .9": _sparsegrad(0.9),

@@ -8,11 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Plain, tiny, token_batches
+from safetensors.torch import save
 
 from cases import orthogonal
 from sparsegrad_kernels import Basis, SparseGradConfig, fit_basis
 from sparsegrad_kernels.basis import _GramHosvd, _TensorlyHosvd
-from sparsegrad_kernels.config import find_targets, linear_view
+from sparsegrad_kernels.config import find_targets, linear_view, wanted_modes
 
 PLAIN = SparseGradConfig(target_modules=["up", "down"])
 
@@ -41,13 +42,17 @@ def without_dropout(model):
     return model.double()
 
 
-def check_hosvd(basis: Basis, stack: np.ndarray) -> None:
-    """Against numpy's SVD of both unfoldings of `stack [n, out, in]`."""
+def check_hosvd(basis: Basis, stack: np.ndarray, modes: str = "both") -> None:
+    """Against numpy's SVD of the unfoldings of `stack [n, out, in]`."""
+    assert (basis.u is not None) == (basis.energy_in is not None) == (modes in ("both", "in"))
+    assert (basis.v is not None) == (basis.energy_out is not None) == (modes in ("both", "out"))
     n, out, in_ = stack.shape
     for factor, energy, unfolding in (
         (basis.u, basis.energy_in, stack.transpose(2, 0, 1).reshape(in_, n * out)),
         (basis.v, basis.energy_out, stack.transpose(1, 0, 2).reshape(out, n * in_)),
     ):
+        if factor is None:
+            continue
         left, singular, _ = np.linalg.svd(unfolding, full_matrices=True)
         wanted = np.zeros(len(left))
         wanted[: len(singular)] = singular**2
@@ -106,15 +111,20 @@ def test_transformers(model_type, generator):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    out=st.integers(1, 9), in_=st.integers(1, 9), n=st.integers(1, 6), seed=st.integers(0, 2**31)
+    out=st.integers(1, 9),
+    in_=st.integers(1, 9),
+    n=st.integers(1, 6),
+    modes=st.sampled_from(["both", "in", "out"]),
+    seed=st.integers(0, 2**31),
 )
-def test_methods_agree(out, in_, n, seed):
+def test_methods_agree(out, in_, n, modes, seed):
     generator = torch.Generator().manual_seed(seed)
     stack = torch.randn(n, out, in_, generator=generator, dtype=torch.float64)
-    for hosvd in (_GramHosvd(), _TensorlyHosvd()):
+    wanted = wanted_modes(modes, (out, in_))
+    for hosvd in (_GramHosvd(*wanted), _TensorlyHosvd(*wanted)):
         for gradient in stack:
             hosvd.add(gradient)
-        check_hosvd(hosvd.basis(torch.float64), stack.numpy())
+        check_hosvd(hosvd.basis(torch.float64), stack.numpy(), modes)
 
 
 def test_gradients_are_streamed(generator):
@@ -122,9 +132,33 @@ def test_gradients_are_streamed(generator):
     hosvd = _GramHosvd()
     for _ in range(50):
         hosvd.add(torch.randn(6, 4, generator=generator))
-    held = [value for value in vars(hosvd).values() if isinstance(value, torch.Tensor)]
-    assert sorted(tuple(t.shape) for t in held) == [(4, 4), (6, 6)]
-    assert len(vars(hosvd)) == 2
+    assert {mode: tuple(t.shape) for mode, t in hosvd.grams.items()} == {
+        "in": (4, 4),
+        "out": (6, 6),
+    }
+    assert set(vars(hosvd)) == {"grams", "modes"}
+    hosvd = _GramHosvd(True, False)
+    hosvd.add(torch.randn(6, 4, generator=generator))
+    assert set(hosvd.grams) == {"in"}
+
+
+@pytest.mark.parametrize("modes", ["in", "out", "smaller"])
+@pytest.mark.parametrize("method", ["gram", "tensorly"])
+def test_one_mode(modes, method, generator):
+    """A mode's factor does not depend on whether the other is asked for."""
+    model = without_dropout(Plain())
+    batches = plain_batches(3, generator)
+    both = fit_basis(model, batches, PLAIN, 3, method, progress=False)
+    config = SparseGradConfig(target_modules=["up", "down"], modes=modes)
+    fitted = fit_basis(model, batches, config, 3, method, progress=False)
+    shapes = {target.group: target.shape for target in find_targets(model, config).values()}
+    assert shapes == {"up": (12, 8), "down": (8, 12)}
+    for group, basis in fitted.items():
+        mode = {"up": "in", "down": "out"}[group] if modes == "smaller" else modes
+        wanted = both[group].select(mode == "in", mode == "out")
+        assert wanted.tensors().keys() == basis.tensors().keys()
+        for name, tensor in basis.tensors().items():
+            torch.testing.assert_close(tensor, wanted.tensors()[name])
 
 
 def snapshot(model):
@@ -263,6 +297,42 @@ def test_truncate(generator):
         Basis(basis.u, basis.v).truncate(energy=0.5)
     with pytest.raises(ValueError, match=r"energy 0.99 needs \d vectors, this basis has 2"):
         cut.truncate(energy=0.99)
+
+
+def test_one_factor(generator, tmp_path):
+    basis = make(generator)
+    for mode, name, size in (("in", "u", 6), ("out", "v", 9)):
+        other = {"in": "out", "out": "in"}[mode]
+        one = basis.select(mode == "in", mode == "out")
+        assert getattr(one, name).data_ptr() == getattr(basis, name).data_ptr()
+        assert getattr(one, f"rank_{mode}") == getattr(one, f"{mode}_features") == size
+        assert getattr(one, f"rank_{other}") is getattr(one, f"{other}_features") is None
+        assert set(one.tensors()) == {name, f"energy_{mode}"}
+        assert repr(one) == f"Basis({mode}={size}, rank_{mode}={size})"
+        assert not one.is_truncated
+        cut = one.truncate(energy=0.9)
+        assert cut.is_truncated
+        rank = getattr(basis.truncate(energy=0.9), f"rank_{mode}")
+        assert getattr(cut, f"rank_{mode}") == rank
+        assert one.matches(basis.u)
+        assert one.matching(torch.empty(0)).tensors()[name].dtype == torch.float32
+        one.save(tmp_path / "one.safetensors")
+        loaded = Basis.load(tmp_path / "one.safetensors").tensors()
+        assert loaded.keys() == one.tensors().keys()
+        missing = "v" if name == "u" else "u"
+        with pytest.raises(ValueError, match=f"rank_{other} needs {missing}, which this basis has"):
+            one.truncate(**{f"rank_{other}": 2})
+        with pytest.raises(ValueError, match=f"the basis has no {missing}"):
+            one.select(True, True)
+    with pytest.raises(ValueError, match="mode_in or mode_out must be asked for"):
+        basis.select(False, False)
+    with pytest.raises(ValueError, match="a basis needs u or v"):
+        Basis()
+    with pytest.raises(ValueError, match="the energy of v is given, but no v"):
+        Basis(basis.u, energy_out=basis.energy_out)
+    (tmp_path / "none.safetensors").write_bytes(save({"w": torch.ones(1)}))
+    with pytest.raises(ValueError, match=r"holds no basis: its tensors are \{'w'\}"):
+        Basis.load(tmp_path / "none.safetensors")
 
 
 def test_save_and_load(generator, tmp_path):

@@ -5,7 +5,7 @@ from models import Plain, tiny
 from torch import nn
 
 from sparsegrad_kernels import SparseGradConfig
-from sparsegrad_kernels.config import find_targets
+from sparsegrad_kernels.config import find_targets, wanted_modes
 
 ROLES = {
     "bert": {"intermediate.dense", "output.dense"},
@@ -76,6 +76,13 @@ def test_quantised_subclasses_are_no_candidates():
         find_targets(model, SparseGradConfig(target_modules=["up"]))
 
 
+def test_modes():
+    assert wanted_modes("both", (3, 2)) == (True, True)
+    assert wanted_modes("in", (3, 2)) == wanted_modes("smaller", (3, 2)) == (True, False)
+    assert wanted_modes("out", (3, 2)) == wanted_modes("smaller", (2, 3)) == (False, True)
+    assert wanted_modes("smaller", (2, 2)) == (True, False)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -85,6 +92,8 @@ def test_quantised_subclasses_are_no_candidates():
         ({"energy": 0.5, "ranks": (1, 1)}, "energy and ranks both truncate"),
         ({"ranks": (0, 3)}, r"ranks must be \(r_out, r_in\)"),
         ({"weight_space": "both"}, "weight_space must be"),
+        ({"modes": "left"}, "modes must be one of both, smaller, in, out, got 'left'"),
+        ({"modes": "in", "ranks": (2, 2)}, "ranks truncates both modes, but modes is 'in'"),
         ({"target_modules": "("}, r"target_modules is no regular expression: '\('"),
         ({"layers": "a:b"}, "layers must look like"),
         ({"density": float("nan")}, "density must lie"),

@@ -18,7 +18,7 @@ from sparsegrad_kernels._gradient import rotated_grad_topk
 from sparsegrad_kernels.ops import _library, topk_coo
 
 SPACES = ["original", "transformed"]
-BASES = ["identity", "full", "truncated"]
+BASES = ["identity", "full", "truncated", "in", "out truncated"]
 OPS = torch.ops.sparsegrad_kernels
 
 
@@ -28,6 +28,10 @@ def make_basis(kind: str, in_: int, out: int, generator: torch.Generator, dtype=
     basis = Basis(orthogonal(in_, generator, dtype), orthogonal(out, generator, dtype))
     if kind == "full":
         return basis
+    if kind == "in":
+        return basis.select(True, False)
+    if kind == "out truncated":
+        return basis.select(False, True).truncate(rank_out=max(1, 2 * out // 3))
     return basis.truncate(rank_in=max(1, in_ // 2), rank_out=max(1, 2 * out // 3))
 
 
@@ -43,8 +47,9 @@ class ThreeLinears(nn.Module):
     def __init__(self, linear: nn.Linear, basis: Basis | None) -> None:
         super().__init__()
         out, in_ = linear.weight.shape
-        self.u = torch.eye(in_).double() if basis is None else basis.u
-        self.v = torch.eye(out).double() if basis is None else basis.v
+        u, v = (None, None) if basis is None else (basis.u, basis.v)
+        self.u = torch.eye(in_).double() if u is None else u
+        self.v = torch.eye(out).double() if v is None else v
         weight = self.v @ linear.weight.detach() @ self.u.T
         self.frozen = linear.weight.detach() - self.v.T @ weight @ self.u
         self.weight = nn.Parameter(weight)
@@ -211,6 +216,25 @@ def test_rotation_takes_the_cheapest_order(case, generator):
     assert min(costs, key=costs.get).endswith(case)
 
 
+@pytest.mark.parametrize("side", ["in", "out"])
+@pytest.mark.parametrize("n", [30, 300])
+def test_rotation_of_one_side_takes_the_cheaper_order(side, n, generator):
+    """The activations, or for many tokens the gradient."""
+    g = torch.randn(n, 60, generator=generator, dtype=torch.float64)
+    x = torch.randn(n, 50, generator=generator, dtype=torch.float64)
+    size = 50 if side == "in" else 60
+    basis = orthogonal(size, generator)[:40]
+    u, v = (basis, None) if side == "in" else (None, basis)
+    with count_flops() as counter:
+        indices, values = rotated_grad_topk(g, x, u, v, 20)
+    dense = g.T @ x @ u.T if v is None else v @ g.T @ x
+    torch.testing.assert_close(values, dense[indices[0], indices[1]])
+    tokens = n * size * 40 + n * 40 * (60 if side == "in" else 50)
+    gradient = n * 60 * 50 + 60 * 50 * 40
+    assert (tokens < gradient) == (n == 30)
+    assert counter.get_total_flops() == 2 * min(tokens, gradient)
+
+
 def test_forward_costs_what_linear_costs(generator):
     linear = nn.Linear(64, 96)
     layer = SparseGradLinear.from_linear(
@@ -260,6 +284,7 @@ def test_keeps_for_backward_what_linear_keeps(kind, generator):
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("kind", BASES)
 def test_compile_fullgraph(space, kind, generator):
+    torch._dynamo.reset()  # there is a limit to how often it compiles one function
     linear, x, g = problem(generator)
     eager = SparseGradLinear.from_linear(
         linear, make_basis(kind, 7, 11, generator), k=9, weight_space=space
@@ -327,7 +352,8 @@ def stepped(generator, kind="full", space="original"):
     if layer.delta is not None:
         assert layer.delta.abs().sum() > 0
         update = layer.delta.detach()
-        wanted += update if layer.basis is None else layer.basis.v.T @ update @ layer.basis.u
+        update = update if layer.u is None else update @ layer.u
+        wanted += update if layer.v is None else layer.v.T @ update
     else:
         wanted = copy.deepcopy(layer).dense_weight()
     return layer, wanted, x
@@ -447,15 +473,19 @@ def test_loads_a_linear_and_drops_what_was_pending(assign, generator):
     assert layer.delta.requires_grad
 
 
-def test_transformed_state_dict_has_the_basis(generator):
-    layer, wanted, x = stepped(generator, "truncated", "transformed")
+@pytest.mark.parametrize(
+    ("kind", "factors"), [("truncated", {"u", "v"}), ("in", {"u"}), ("out truncated", {"v"})]
+)
+def test_transformed_state_dict_has_the_basis(kind, factors, generator):
+    layer, wanted, x = stepped(generator, kind, "transformed")
+    assert factors == {"u", "v"} & set(layer.state_dict())
     buffer = io.BytesIO()
     torch.save(layer.state_dict(), buffer)
     buffer.seek(0)
     other = SparseGradLinear(
         7,
         11,
-        make_basis("truncated", 7, 11, generator),
+        make_basis(kind, 7, 11, generator),
         k=9,
         weight_space="transformed",
         dtype=torch.float64,
@@ -464,7 +494,7 @@ def test_transformed_state_dict_has_the_basis(generator):
     other.load_state_dict(torch.load(buffer, weights_only=True))
     torch.testing.assert_close(other(x), layer(x))
     torch.testing.assert_close(other.dense_weight(), wanted)
-    with pytest.raises(RuntimeError, match=r"Missing key.*u"):
+    with pytest.raises(RuntimeError, match=rf"Missing key.*{min(factors)}"):
         other.load_state_dict({"weight": layer.weight, "bias": layer.bias})
 
 

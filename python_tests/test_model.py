@@ -50,8 +50,10 @@ def train(model, batches):
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 @pytest.mark.parametrize("space", ["original", "transformed"])
 @pytest.mark.parametrize("energy", [None, 0.9])
-def test_convert_train_merge(model_type, space, energy, generator, tmp_path):
-    model, batches, config, basis = fitted(model_type, generator, weight_space=space, energy=energy)
+@pytest.mark.parametrize("modes", ["both", "smaller"])
+def test_convert_train_merge(model_type, space, energy, modes, generator, tmp_path):
+    settings = {"weight_space": space, "energy": energy, "modes": modes}
+    model, batches, config, basis = fitted(model_type, generator, **settings)
     before = logits(model, batches[0])
     original = {name: type(module) for name, module in model.named_modules()}
     assert convert(model, basis, config) is model
@@ -60,7 +62,15 @@ def test_convert_train_merge(model_type, space, energy, generator, tmp_path):
     for layer in layers:
         rank_out, rank_in = (layer.weight if layer.delta is None else layer.delta).shape
         assert layer.k == min(round(0.05 * 16 * 32), rank_out * rank_in)
-        assert (layer.basis.is_truncated and rank_in < 16) == (energy is not None)
+        assert layer.basis.is_truncated == (energy is not None)
+        sizes = sorted([(layer.in_features, "u", rank_in), (layer.out_features, "v", rank_out)])
+        (smaller, factor, rank), (larger, other, other_rank) = sizes
+        assert (smaller, larger) == (16, 32)
+        assert layer.basis.tensors()[factor].shape == (rank, 16)
+        assert (rank < 16) == (energy is not None)
+        if modes == "smaller":
+            assert other not in layer.basis.tensors()
+            assert other_rank == 32
     torch.testing.assert_close(logits(model, batches[0]), before)
     train(model, batches)
     trained = logits(model, batches[0])
@@ -91,6 +101,16 @@ def test_one_basis_per_group_is_shared(generator):
             groups.setdefault(name.split(".", 4)[4], set()).add(id(layer.basis))
     assert set(groups) == set(basis)
     assert all(len(ids) == 1 for ids in groups.values())
+
+
+def test_of_a_basis_of_both_modes_one_can_be_taken(generator):
+    model, _, _, basis = fitted("bert", generator)
+    convert(model, basis, SparseGradConfig(modes="smaller"))
+    for layer in model.modules():
+        if isinstance(layer, SparseGradLinear):
+            assert (layer.u is None) == (layer.in_features == 32)
+            assert (layer.v is None) == (layer.out_features == 32)
+    assert all(b.u is not None and b.v is not None for b in basis.values())
 
 
 def test_basis_can_be_used_again(generator):
@@ -140,8 +160,13 @@ def test_convert_errors_leave_the_model(generator):
         "intermediate.dense": basis["output.dense"],
         "output.dense": basis["intermediate.dense"],
     }
-    with pytest.raises(ValueError, match=r"is for \[16, 32\], but .* is \[32, 16\]"):
+    with pytest.raises(ValueError, match=r"is for out_features=16, but .* is \[32, 16\]"):
         convert(model, swapped, config)
+    one = {name: b.select(b.in_features == 16, b.out_features == 16) for name, b in basis.items()}
+    with pytest.raises(
+        ValueError, match=r"'intermediate.dense', needed by .* has no v: was it fit"
+    ):
+        convert(model, one, config)
     with pytest.raises(ValueError, match="matches no linear"):
         convert(model, basis, SparseGradConfig(target_modules=["nope"]))
     with pytest.raises(ValueError, match="has no SparseGradLinear to merge"):
@@ -154,8 +179,9 @@ def test_convert_errors_leave_the_model(generator):
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
 @pytest.mark.parametrize("space", ["original", "transformed"])
-def test_save_and_load(model_type, space, generator, tmp_path):
-    model, batches, config, basis = fitted(model_type, generator, weight_space=space, ranks=(9, 7))
+@pytest.mark.parametrize("truncation", [{"ranks": (9, 7)}, {"modes": "smaller", "energy": 0.9}])
+def test_save_and_load(model_type, space, truncation, generator, tmp_path):
+    model, batches, config, basis = fitted(model_type, generator, weight_space=space, **truncation)
     base = copy.deepcopy(model)
     for name, p in model.named_parameters():
         p.requires_grad_("classifier" in name or "score" in name)

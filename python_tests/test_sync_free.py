@@ -17,7 +17,7 @@ from cases import orthogonal, sparse_matrix
 from sparsegrad_kernels import Basis, SparseAdam, SparseGradLinear, _gradient
 from sparsegrad_kernels.ops import _library
 
-BASES = ["identity", "full", "truncated"]
+BASES = ["identity", "full", "truncated", "in", "out truncated"]
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or "cuda" not in _library.SYNC_FREE_DEVICES,
     reason="no GPU with kernels for it",
@@ -57,7 +57,13 @@ def make_basis(kind: str, in_: int, out: int, generator) -> Basis | None:
     if kind == "identity":
         return None
     basis = Basis(orthogonal(in_, generator), orthogonal(out, generator))
-    return basis if kind == "full" else basis.truncate(rank_in=in_ // 2, rank_out=2 * out // 3)
+    if kind == "full":
+        return basis
+    if kind == "in":
+        return basis.select(True, False)
+    if kind == "out truncated":
+        return basis.select(False, True).truncate(rank_out=max(1, 2 * out // 3))
+    return basis.truncate(rank_in=in_ // 2, rank_out=2 * out // 3)
 
 
 def steps(layer: SparseGradLinear, inputs, gradients, **options) -> None:
@@ -102,14 +108,17 @@ def test_trains_as_the_gathered_form(space, kind, generator, monkeypatch):
 @pytest.mark.parametrize(
     ("tokens", "in_", "out"), [(2, 9, 8), (200, 9, 8), (200, 4, 30), (9, 30, 4)]
 )
-@pytest.mark.parametrize(("r_in", "r_out"), [(1.0, 1.0), (0.3, 1.0), (1.0, 0.3), (0.3, 0.3)])
+@pytest.mark.parametrize(
+    ("r_in", "r_out"),
+    [(1.0, 1.0), (0.3, 1.0), (1.0, 0.3), (0.3, 0.3), (1.0, None), (0.3, None), (None, 1.0)],
+)
 def test_every_order_of_products(tokens, in_, out, r_in, r_out, generator):
     g = sparse_matrix(tokens, out, torch.float64, generator, 0.6)
     x = torch.randn(tokens, in_, generator=generator, dtype=torch.float64)
-    u = orthogonal(in_, generator)[: max(1, int(r_in * in_))]
-    v = orthogonal(out, generator)[: max(1, int(r_out * out))]
-    k = max(1, u.shape[0] * v.shape[0] // 3)
-    dense = v @ g.T @ x @ u.T
+    u = None if r_in is None else orthogonal(in_, generator)[: max(1, int(r_in * in_))]
+    v = None if r_out is None else orthogonal(out, generator)[: max(1, int(r_out * out))]
+    dense = (g if v is None else g @ v.T).T @ (x if u is None else x @ u.T)
+    k = max(1, dense.numel() // 3)
     indices, values = _gradient.sync_free_rotated_grad_topk(g, x, u, v, k, None)
     torch.testing.assert_close(values, dense[indices[0], indices[1]])
     wanted = dense.abs().flatten().topk(k).values.sort().values
@@ -128,8 +137,8 @@ def test_fold_takes_whatever_was_written(kind, written, sync_free, generator):
     update.view(-1)[places] = torch.randn(len(places), generator=generator, dtype=torch.float64)
     with torch.no_grad():
         layer.delta.copy_(update)
-    if kind != "identity":
-        update = layer.v.T @ update @ layer.u
+    update = update if layer.u is None else update @ layer.u
+    update = update if layer.v is None else layer.v.T @ update
     torch.testing.assert_close(layer.dense_weight(), before + update)
     assert not layer.delta.any()
 
@@ -218,6 +227,7 @@ def test_step_in_a_cuda_graph(kind, generator):
 @needs_gpu
 @pytest.mark.parametrize("kind", BASES)
 def test_compile_fullgraph_on_the_device(kind, generator):
+    torch._dynamo.reset()
     device = torch.device("cuda")
     basis = make_basis(kind, 64, 96, generator)
     basis = None if basis is None else basis.to(device, torch.float32)

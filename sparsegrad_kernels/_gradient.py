@@ -40,8 +40,7 @@ def backward(
         x = x.reshape(-1, x.shape[-1])  # [T, in]
     if weight is not None:
         weight = weight.to(g.dtype)
-    if u is not None and v is not None:
-        u, v = u.to(g.dtype), v.to(g.dtype)
+    u, v = (None if factor is None else factor.to(g.dtype) for factor in (u, v))
     rows = None  # the tokens that take part, where they are known and not all
     if not is_sync_free(g):
         nonzero_rows, _ = ops.nonzero_rows_cols(g)
@@ -82,17 +81,22 @@ def _chain_cost(a: int, b: int, c: int, d: int) -> int:
     return min(a * b * c + a * c * d, b * c * d + a * b * d)
 
 
-def _costs(n: int, in_: int, out: int, r_in: int, r_out: int) -> dict[str, int]:
-    """Multiply-adds of `V g^T x U^T` for n tokens, by the factors of the last product."""
-    return {
-        "tokens": n * (out * r_out + in_ * r_in + r_out * r_in),  # (V g^T) (x U^T)
-        "v": _chain_cost(out, n, in_, r_in) + r_out * out * r_in,  # V (g^T x U^T)
-        "u": _chain_cost(r_out, out, n, in_) + r_out * in_ * r_in,  # (V g^T x) U^T
-    }
+def _cheapest(g: Tensor, x: Tensor, u: Tensor | None, v: Tensor | None) -> str:
+    """Which factors the last product of `V g^T x U^T` has, at the fewest multiply-adds.
 
-
-def _cheapest(g: Tensor, x: Tensor, u: Tensor, v: Tensor) -> str:
-    costs = _costs(g.shape[0], x.shape[1], g.shape[1], u.shape[0], v.shape[0])
+    "tokens": `(V g^T) (x U^T)`; "v": `V (g^T x U^T)`; "u": `(V g^T x) U^T`.
+    """
+    (n, out), in_ = g.shape, x.shape[1]
+    r_in, r_out = in_ if u is None else u.shape[0], out if v is None else v.shape[0]
+    costs = {"tokens": n * r_out * r_in}
+    if v is not None:
+        costs["tokens"] += n * out * r_out
+        middle = out * n * in_ if u is None else _chain_cost(out, n, in_, r_in)
+        costs["v"] = middle + r_out * out * r_in
+    if u is not None:
+        costs["tokens"] += n * in_ * r_in
+        middle = out * n * in_ if v is None else _chain_cost(r_out, out, n, in_)
+        costs["u"] = middle + r_out * in_ * r_in
     return min(costs, key=costs.__getitem__)
 
 
@@ -110,15 +114,15 @@ def rotated_grad_topk(
     Returns:
         `indices [2, k]` and `values [k]` in the transformed space.
     """
-    if u is None or v is None:
-        return ops.grad_weight_topk(g, x, k)
     last = _cheapest(g, x, u, v)
-    if last == "tokens":
-        left, right = g @ v.T, x @ u.T
-    elif last == "v":
-        left, right = v.T, torch.linalg.multi_dot([g.T, x, u.T])
-    else:
-        left, right = torch.linalg.multi_dot([v, g.T, x]).T, u.T
+    if last == "v" and v is not None:
+        right = g.T @ x if u is None else torch.linalg.multi_dot([g.T, x, u.T])
+        return ops.grad_weight_topk(v.T, right, k)
+    if last == "u" and u is not None:
+        left = g.T @ x if v is None else torch.linalg.multi_dot([v, g.T, x])
+        return ops.grad_weight_topk(left.T, u.T, k)
+    left = g if v is None else g @ v.T
+    right = x if u is None else x @ u.T
     return ops.grad_weight_topk(left, right, k)
 
 
@@ -129,24 +133,27 @@ def sync_free_rotated_grad_topk(
 
     The selection is fused with the last product. The order is the cheapest for all tokens.
     """
-    if u is None or v is None:
-        return ops.grad_weight_topk(g, x, k, threshold=threshold)
-    (n, out), in_, r_in, r_out = g.shape, x.shape[1], u.shape[0], v.shape[0]
+    (n, out), in_ = g.shape, x.shape[1]
     last = _cheapest(g, x, u, v)
-    if last == "tokens":
-        left, right = ops.sparse_dense_mm(g, v.T), x @ u.T
-    elif last == "v":
-        if n * in_ * r_in + out * n * r_in < out * n * in_ + out * in_ * r_in:
+    if last == "v" and v is not None:
+        left = v.T
+        if u is None:
+            right = ops.sparse_dense_mm(g.T, x)
+        elif n * (in_ + out) * u.shape[0] < out * in_ * (n + u.shape[0]):
             right = ops.sparse_dense_mm(g.T, x @ u.T)
         else:
             right = ops.sparse_dense_mm(g.T, x) @ u.T
-        left = v.T
-    else:
-        if r_out * out * n + r_out * n * in_ < out * n * in_ + r_out * out * in_:
+    elif last == "u" and u is not None:
+        right = u.T
+        if v is None:
+            left = ops.sparse_dense_mm(g.T, x).T
+        elif n * (in_ + out) * v.shape[0] < out * in_ * (n + v.shape[0]):
             left = ops.sparse_dense_mm(ops.sparse_dense_mm(g, v.T).T, x).T
         else:
             left = (v @ ops.sparse_dense_mm(g.T, x)).T
-        right = u.T
+    else:
+        left = g if v is None else ops.sparse_dense_mm(g, v.T)
+        right = x if u is None else x @ u.T
     return ops.grad_weight_topk(left, right, k, threshold=threshold)
 
 
@@ -192,7 +199,9 @@ def _sync_free_fold(
     # Others may have written more. Of what is left, mostly nothing, the products skip what is zero.
     delta.index_put_(entries, delta.new_zeros(()))
     rest = delta.to(weight.dtype)
-    if u is not None and v is not None:
-        rest = ops.sparse_dense_mm(ops.sparse_dense_mm(rest, u).T, v).T
+    if u is not None:
+        rest = ops.sparse_dense_mm(rest, u)
+    if v is not None:
+        rest = ops.sparse_dense_mm(rest.T, v).T
     weight += rest
     delta.zero_()

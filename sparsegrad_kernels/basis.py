@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ._files import save_safetensors
-from .config import SparseGradConfig, Target, find_targets, linear_view
+from .config import SparseGradConfig, Target, find_targets, linear_view, wanted_modes
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -33,8 +33,9 @@ class Basis(nn.Module):
     `.to(device)`, copying and pickling.
 
     Args:
-        u: input basis `[r_in, in]`, orthonormal rows.
-        v: output basis `[r_out, out]`, orthonormal rows, dtype and device of `u`.
+        u: input basis `[r_in, in]`, orthonormal rows, or None: the identity.
+        v: output basis `[r_out, out]`, orthonormal rows, dtype and device of `u`, or None. One of
+            the two has to be there.
         energy_in, energy_out: the squared singular values of the gradient's unfoldings, `[in]`
             and `[out]`, descending, also where the factors are truncated; None: not known.
 
@@ -42,25 +43,31 @@ class Basis(nn.Module):
         TypeError, ValueError: shapes, dtypes or devices do not fit, or rows are not orthonormal.
     """
 
-    u: Tensor
-    v: Tensor
+    u: Tensor | None
+    v: Tensor | None
     energy_in: Tensor | None
     energy_out: Tensor | None
 
     def __init__(
         self,
-        u: Tensor,
-        v: Tensor,
+        u: Tensor | None = None,
+        v: Tensor | None = None,
         energy_in: Tensor | None = None,
         energy_out: Tensor | None = None,
     ) -> None:
         super().__init__()
-        if u.dtype != v.dtype or u.device != v.device:
+        if u is None and v is None:
+            raise ValueError("a basis needs u or v: without both a layer takes basis=None")
+        if u is not None and v is not None and (u.dtype != v.dtype or u.device != v.device):
             raise ValueError(
                 f"v must have dtype and device of u, {u.dtype} on {u.device}, "
                 f"got {v.dtype} on {v.device}"
             )
         for name, factor, energy in (("u", u, energy_in), ("v", v, energy_out)):
+            if factor is None:
+                if energy is not None:
+                    raise ValueError(f"the energy of {name} is given, but no {name}")
+                continue
             _check_factor(name, factor)
             if energy is not None and energy.shape != factor.shape[1:]:
                 raise ValueError(
@@ -75,24 +82,29 @@ class Basis(nn.Module):
             self.register_buffer(name, value, persistent=False)
 
     @property
-    def rank_in(self) -> int:
-        return self.u.shape[0]
+    def rank_in(self) -> int | None:
+        """Rows of `u`; None: it is the identity, of whatever size."""
+        return None if self.u is None else self.u.shape[0]
 
     @property
-    def rank_out(self) -> int:
-        return self.v.shape[0]
+    def rank_out(self) -> int | None:
+        """Rows of `v`; None: it is the identity, of whatever size."""
+        return None if self.v is None else self.v.shape[0]
 
     @property
-    def in_features(self) -> int:
-        return self.u.shape[1]
+    def in_features(self) -> int | None:
+        """Columns of `u`; None: it fits any input."""
+        return None if self.u is None else self.u.shape[1]
 
     @property
-    def out_features(self) -> int:
-        return self.v.shape[1]
+    def out_features(self) -> int | None:
+        """Columns of `v`; None: it fits any output."""
+        return None if self.v is None else self.v.shape[1]
 
     @property
     def is_truncated(self) -> bool:
-        return self.rank_in < self.in_features or self.rank_out < self.out_features
+        factors = (factor for factor in (self.u, self.v) if factor is not None)
+        return any(factor.shape[0] < factor.shape[1] for factor in factors)
 
     def truncate(
         self,
@@ -108,24 +120,40 @@ class Basis(nn.Module):
         """
         if (energy is None) == (rank_in is None and rank_out is None):
             raise ValueError("truncate needs energy, or rank_in and rank_out, not both")
-        if energy is not None:
-            rank_in = _energy_rank("energy_in", self.energy_in, energy, self.rank_in)
-            rank_out = _energy_rank("energy_out", self.energy_out, energy, self.rank_out)
-        rank_in = self.rank_in if rank_in is None else rank_in
-        rank_out = self.rank_out if rank_out is None else rank_out
-        for name, rank, limit in (
-            ("rank_in", rank_in, self.rank_in),
-            ("rank_out", rank_out, self.rank_out),
-        ):
-            if not 1 <= rank <= limit:
-                raise ValueError(f"{name} must lie in [1, {limit}], got {rank}")
-        return Basis(
-            self.u[:rank_in].clone(), self.v[:rank_out].clone(), self.energy_in, self.energy_out
-        )
+        kept: dict[str, Tensor | None] = {}
+        for name, mode, rank in (("u", "in", rank_in), ("v", "out", rank_out)):
+            factor, spectrum = getattr(self, name), getattr(self, f"energy_{mode}")
+            limit = 0 if factor is None else factor.shape[0]
+            if energy is not None and factor is not None:
+                rank = _energy_rank(f"energy_{mode}", spectrum, energy, limit)
+            if rank is not None and not limit:
+                raise ValueError(f"rank_{mode} needs {name}, which this basis has not")
+            if rank is not None and not 1 <= rank <= limit:
+                raise ValueError(f"rank_{mode} must lie in [1, {limit}], got {rank}")
+            kept[name] = None if factor is None else factor[:rank].clone()
+        return Basis(**kept, energy_in=self.energy_in, energy_out=self.energy_out)
+
+    def select(self, mode_in: bool, mode_out: bool) -> Basis:
+        """The same factors for the modes asked for, memory shared; the identity for the other.
+
+        Raises:
+            ValueError: it lacks a factor that is asked for, or none is.
+        """
+        if not (mode_in or mode_out):
+            raise ValueError("mode_in or mode_out must be asked for")
+        if (mode_in and self.u is None) or (mode_out and self.v is None):
+            raise ValueError(f"the basis has no {'u' if self.u is None else 'v'}")
+        chosen = Basis.__new__(Basis)
+        nn.Module.__init__(chosen)
+        for name, buffer in self._buffers.items():
+            wanted = mode_in if name in ("u", "energy_in") else mode_out
+            chosen.register_buffer(name, buffer if wanted else None, persistent=False)
+        return chosen
 
     def matches(self, tensor: Tensor) -> bool:
         """Whether the factors have the tensor's device and dtype."""
-        return self.u.dtype == tensor.dtype and self.u.device == tensor.device
+        factor = cast(Tensor, self.v if self.u is None else self.u)
+        return factor.dtype == tensor.dtype and factor.device == tensor.device
 
     def matching(self, tensor: Tensor) -> Basis:
         """Another basis with the tensor's device and dtype; memory is shared where it can be."""
@@ -160,14 +188,16 @@ class Basis(nn.Module):
             raise FileNotFoundError(f"no basis file at {os.fspath(path)}")
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
-            if not {"u", "v"} <= names:
+            if not {"u", "v"} & names:
                 raise ValueError(f"{os.fspath(path)} holds no basis: its tensors are {names}")
             return cls(**{name: file.get_tensor(name) for name in names})
 
     def extra_repr(self) -> str:
-        return (
-            f"in={self.in_features}, out={self.out_features}, "
-            f"rank_in={self.rank_in}, rank_out={self.rank_out}"
+        modes = (("in", self.u), ("out", self.v))
+        return ", ".join(
+            f"{mode}={factor.shape[1]}, rank_{mode}={factor.shape[0]}"
+            for mode, factor in modes
+            if factor is not None
         )
 
 
@@ -207,36 +237,34 @@ def _energy_rank(name: str, spectrum: Tensor | None, energy: float, limit: int) 
 
 
 class _GramHosvd:
-    """Streams `sum G^T G` and `sum G G^T`: float64, `in^2 + out^2` numbers."""
+    """Streams `sum G^T G` and `sum G G^T`, of the modes asked for: float64, `n^2` numbers each."""
 
-    def __init__(self) -> None:
-        self.gram_in: Tensor | None = None
-        self.gram_out: Tensor | None = None
+    def __init__(self, mode_in: bool = True, mode_out: bool = True) -> None:
+        self.modes = [name for name, wanted in (("in", mode_in), ("out", mode_out)) if wanted]
+        self.grams: dict[str, Tensor] = {}
 
     def add(self, gradient: Tensor) -> None:
         gradient = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
-        gram_in, gram_out = gradient.T @ gradient, gradient @ gradient.T
-        if self.gram_in is None or self.gram_out is None:
-            self.gram_in, self.gram_out = gram_in.double(), gram_out.double()
-        else:
-            self.gram_in += gram_in
-            self.gram_out += gram_out
+        for mode in self.modes:
+            gram = gradient.T @ gradient if mode == "in" else gradient @ gradient.T
+            if mode in self.grams:
+                self.grams[mode] += gram
+            else:
+                self.grams[mode] = gram.double()
 
     def basis(self, dtype: torch.dtype) -> Basis:
-        u, energy_in = self._eigenvectors(cast(Tensor, self.gram_in))
-        v, energy_out = self._eigenvectors(cast(Tensor, self.gram_out))
-        return Basis(u.to(dtype), v.to(dtype), energy_in, energy_out)
-
-    @staticmethod
-    def _eigenvectors(gram: Tensor) -> tuple[Tensor, Tensor]:
-        energy, vectors = torch.linalg.eigh(gram)
-        return vectors.flip(1).T.contiguous(), energy.flip(0).clamp_(min=0)
+        found: dict[str, Tensor] = {}
+        for mode, gram in self.grams.items():
+            energy, vectors = torch.linalg.eigh(gram)
+            factor = vectors.flip(1).T.contiguous().to(dtype)
+            found |= _named(mode, factor, energy.flip(0).clamp_(min=0))
+        return Basis(**found)
 
 
 class _TensorlyHosvd:
     """Stacks the gradients, as the paper does, and leaves the decomposition to tensorly."""
 
-    def __init__(self) -> None:
+    def __init__(self, mode_in: bool = True, mode_out: bool = True) -> None:
         try:
             import tensorly
         except ImportError:
@@ -244,6 +272,7 @@ class _TensorlyHosvd:
                 'method="tensorly" needs tensorly: pip install "sparsegrad_kernels[tensorly]"'
             ) from None
         self._backend = tensorly.backend_context("pytorch", local_threadsafe=True)
+        self.modes = [n for n, wanted in ((0, mode_out), (1, mode_in)) if wanted]
         self.gradients: list[Tensor] = []
 
     def add(self, gradient: Tensor) -> None:
@@ -258,14 +287,25 @@ class _TensorlyHosvd:
             # It completes the factors where an unfolding has fewer columns than rows, and warns.
             warnings.filterwarnings("ignore", message="Trying to compute SVD")
             # No iterations: its initialisation is the HOSVD itself.
-            (core, (v, u)), _ = partial_tucker(
-                stacked, rank=list(stacked.shape[:2]), modes=[0, 1], n_iter_max=0, init="svd"
+            (core, factors), _ = partial_tucker(
+                stacked,
+                rank=[stacked.shape[mode] for mode in self.modes],
+                modes=self.modes,
+                n_iter_max=0,
+                init="svd",
             )
-        energy_out, energy_in = core.square().sum((1, 2)), core.square().sum((0, 2))
-        return Basis(u.T.contiguous().to(dtype), v.T.contiguous().to(dtype), energy_in, energy_out)
+        found: dict[str, Tensor] = {}
+        for mode, factor in zip(self.modes, factors, strict=True):
+            energy = core.square().sum([axis for axis in range(3) if axis != mode])
+            found |= _named(("out", "in")[mode], factor.T.contiguous().to(dtype), energy)
+        return Basis(**found)
 
 
-_METHODS: dict[str, Callable[[], _GramHosvd | _TensorlyHosvd]] = {
+def _named(mode: str, factor: Tensor, energy: Tensor) -> dict[str, Tensor]:
+    return {"u" if mode == "in" else "v": factor, f"energy_{mode}": energy}
+
+
+_METHODS: dict[str, Callable[[bool, bool], _GramHosvd | _TensorlyHosvd]] = {
     "gram": _GramHosvd,
     "tensorly": _TensorlyHosvd,
 }
@@ -340,13 +380,13 @@ def fit_basis(
 
     The model is trained in no way: its weights, buffers, `requires_grad`, mode, gradients and the
     random state are as before when this returns, and when it raises. Memory is that of one weight
-    gradient and `in^2 + out^2` float64 numbers per group, whatever the number of steps and blocks
-    (`method="tensorly"` stacks all gradients, as the paper does).
+    gradient and `in^2` and `out^2` float64 numbers per group, of the modes asked for, whatever the
+    number of steps and blocks (`method="tensorly"` stacks all gradients, as the paper does).
 
     Args:
         model: the model, before `convert`.
         batches: any iterable of what the model takes, on its device; started again if it ends.
-        config: which linears, and whether layers of the same role share a basis.
+        config: which linears, which modes, and whether layers of the same role share a basis.
         n_steps: how many backward passes; the paper takes 30.
         method: "gram" streams, "tensorly" is for comparison.
         loss_fn: `loss_fn(model, batch)`, a scalar; by default `model(**batch).loss`, or the output
@@ -366,7 +406,10 @@ def fit_basis(
     if n_steps < 1:
         raise ValueError(f"n_steps must be at least 1, got {n_steps}")
     targets = find_targets(model, config)
-    sums = {target.group: _METHODS[method]() for target in targets.values()}
+    sums = {
+        target.group: _METHODS[method](*wanted_modes(config.modes, target.shape))
+        for target in targets.values()
+    }
     seen: dict[str, torch.dtype] = {}
 
     def collector(target: Target) -> Callable[[Tensor], None]:

@@ -25,6 +25,8 @@ TARGET_MODULES = {
     "qwen2": _LLAMA_MLP,
 }
 
+MODES = ("both", "smaller", "in", "out")
+
 
 @dataclass(frozen=True)
 class SparseGradConfig:
@@ -41,6 +43,11 @@ class SparseGradConfig:
         energy: truncate each basis to the leading vectors that hold this share of the gradient's
             energy in each mode (design 2.3); None: no truncation.
         ranks: truncate to `(r_out, r_in)` vectors instead.
+        modes: which of the gradient's modes get a basis; the other is left as it is. "both" is
+            the paper's HOSVD; "in" and "out" are one; "smaller" is the one of the smaller side of
+            each linear, which in MLP layers is the model's hidden size, not the neurons. That
+            costs far less: for 768 x 3072 a basis of 768^2 numbers, and no more than 768^2
+            multiply-adds a token with a gradient.
         shared_basis: one basis for all layers of the same role and shape, as in the paper, or one
             for each layer.
         weight_space, stochastic_rounding: see `SparseGradLinear`.
@@ -54,6 +61,7 @@ class SparseGradConfig:
     layers: str | Sequence[int] | None = None
     energy: float | None = None
     ranks: tuple[int, int] | None = None
+    modes: str = "both"
     shared_basis: bool = True
     weight_space: str = "original"
     stochastic_rounding: bool = False
@@ -67,6 +75,10 @@ class SparseGradConfig:
             raise ValueError("energy and ranks both truncate the basis: give one of them")
         if self.ranks is not None and (len(self.ranks) != 2 or min(self.ranks) < 1):
             raise ValueError(f"ranks must be (r_out, r_in), each at least 1, got {self.ranks}")
+        if self.modes not in MODES:
+            raise ValueError(f"modes must be one of {', '.join(MODES)}, got {self.modes!r}")
+        if self.ranks is not None and self.modes != "both":
+            raise ValueError(f"ranks truncates both modes, but modes is {self.modes!r}: use energy")
         if self.weight_space not in ("original", "transformed"):
             raise ValueError(
                 f'weight_space must be "original" or "transformed", got {self.weight_space!r}'
@@ -95,6 +107,19 @@ class Target:
 
     module: nn.Module
     group: str
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """`(out, in)`."""
+        out_features, in_features = _shape(self.module)
+        return out_features, in_features
+
+
+def wanted_modes(modes: str, shape: tuple[int, int]) -> tuple[bool, bool]:
+    """Whether the modes `in` and `out` of a weight `(out, in)` get a basis."""
+    if modes == "smaller":
+        modes = "in" if shape[1] <= shape[0] else "out"
+    return modes in ("both", "in"), modes in ("both", "out")
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -149,8 +149,9 @@ class Recorder:
         x, g = x.reshape(-1, x.shape[-1]).float(), g.reshape(-1, g.shape[-1]).float()
         gradient = rotated = g.T @ x
         if record.basis is not None:
-            u, v = record.basis.u.float(), record.basis.v.float()
-            rotated = torch.linalg.multi_dot([v, gradient, u.T])
+            u, v = record.basis.u, record.basis.v
+            rotated = rotated if u is None else rotated @ u.float().T
+            rotated = rotated if v is None else v.float() @ rotated
         total = gradient.double().square().sum().item()
         share = rotated.double().square().sum().item() / total if total else torch.nan
         record.steps.append(step)
@@ -250,8 +251,9 @@ def _draw_gradients(diagnosis: Diagnosis) -> Figure:
         _show(figure, right, record.rotated, rotated)
         left.set_xlabel("in")
         left.set_ylabel("out")
-        right.set_xlabel("input vector")
-        right.set_ylabel("output vector")
+        basis = record.basis
+        right.set_xlabel("in" if basis is None or basis.u is None else "input vector")
+        right.set_ylabel("out" if basis is None or basis.v is None else "output vector")
     return figure
 
 
@@ -282,20 +284,30 @@ def _draw_over_steps(diagnosis: Diagnosis, label: str, curves: dict[str, str]) -
     return figure
 
 
+def _spectra(basis: Basis) -> dict[str, Tensor]:
+    """The energies that are known, by mode."""
+    energies = {"in": basis.energy_in, "out": basis.energy_out}
+    return {mode: energy for mode, energy in energies.items() if energy is not None}
+
+
 def _draw_spectra(diagnosis: Diagnosis) -> Figure | None:
     """Energy outside the leading vectors, and the ranks that `energy=...` would keep."""
     known = {
         name: record
         for name, record in diagnosis.items()
-        if record.basis is not None and record.basis.energy_in is not None
+        if record.basis is not None and _spectra(record.basis)
     }
     if not known:
         return None
     figure, rows = _panels(known, 2, 2.9)
     for (name, record), pair in zip(known.items(), rows, strict=True):
         assert record.basis is not None
+        spectra = _spectra(record.basis)
         for axes, mode in zip(pair, ("in", "out"), strict=True):
-            energy = getattr(record.basis, f"energy_{mode}").double().cpu()
+            if mode not in spectra:
+                axes.set_axis_off()
+                continue
+            energy = spectra[mode].double().cpu()
             left = 1 - energy.cumsum(0) / energy.sum()
             axes.semilogy(range(1, len(energy) + 1), left.clamp_min(1e-6).numpy())
             for share in (0.9, 0.95, 0.99):

@@ -157,8 +157,8 @@ class SparseGradLinear(nn.Module):
 
     Args:
         in_features, out_features: sizes of a token's input and output.
-        basis: `Basis` with factors for these sizes, full or truncated; None is the identity, which
-            makes the layer MeProp (Sun et al., 2017).
+        basis: `Basis` for these sizes, of both modes or one, full or truncated; None is the
+            identity, which makes the layer MeProp (Sun et al., 2017).
         bias: whether there is one.
         k: how many entries of the gradient to keep, at most `r_out * r_in`.
         density: `k` as a share of `in_features * out_features`, where `k` is None.
@@ -283,12 +283,12 @@ class SparseGradLinear(nn.Module):
             ("u", basis.in_features, self.in_features),
             ("v", basis.out_features, self.out_features),
         ):
-            if got != wanted:
+            if got is not None and got != wanted:
                 raise ValueError(
                     f"basis is for another shape: its {name} has {got} columns, "
                     f"the layer needs {wanted}"
                 )
-        return basis.rank_out, basis.rank_in
+        return basis.rank_out or self.out_features, basis.rank_in or self.in_features
 
     def _resolve_k(self, k: int | None, density: float, shape: tuple[int, int]) -> int:
         if k is None:
@@ -343,8 +343,7 @@ class SparseGradLinear(nn.Module):
         weight = self.weight.detach()
         if self.weight_space == "original":
             return weight.clone()
-        if self.basis is not None:
-            weight = torch.linalg.multi_dot([self.basis.v.T, weight, self.basis.u])
+        weight = _rotated_back(weight, self.u, self.v)
         return weight.clone() if self.residual is None else weight + self.residual
 
     def to_linear(self) -> nn.Linear:
@@ -379,9 +378,10 @@ class SparseGradLinear(nn.Module):
         weight = self._parameters["weight"]
         if self.basis is None:
             return _linear(x, weight, self.bias, weight, None, None, self.k, self.threshold)
-        u, v = self.basis.u.to(x.dtype), self.basis.v.to(x.dtype)
-        x_rotated = F.linear(x, u)
-        y = _linear(x_rotated, weight, None, weight, None, None, self.k, self.threshold) @ v
+        x_rotated = x if self.u is None else F.linear(x, self.u.to(x.dtype))
+        y = _linear(x_rotated, weight, None, weight, None, None, self.k, self.threshold)
+        if self.v is not None:
+            y = y @ self.v.to(x.dtype)
         if self.residual is not None:
             y = y + F.linear(x, self.residual.to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -419,28 +419,34 @@ class SparseGradLinear(nn.Module):
         super().__setstate__(state)
         self._mark_sparse_parameter()
 
+    def _factors_of_the_weight(self) -> list[tuple[str, Tensor]]:
+        """What `state_dict` holds besides `W~`, in the transformed space."""
+        if self.weight_space == "original":
+            return []
+        factors = (("u", self.u), ("v", self.v))
+        return [(name, factor) for name, factor in factors if factor is not None]
+
     def _save_to_state_dict(self, destination, prefix: str, keep_vars: bool) -> None:
         self.fold()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(prefix + "delta", None)
-        if self.weight_space == "transformed" and self.basis is not None:
-            destination[prefix + "u"], destination[prefix + "v"] = self.basis.u, self.basis.v
+        for name, factor in self._factors_of_the_weight():
+            destination[prefix + name] = factor
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
     ) -> None:
-        if self.weight_space == "transformed" and self.basis is not None:
-            for name, factor in (("u", self.basis.u), ("v", self.basis.v)):
-                value = state_dict.pop(prefix + name, None)
-                if value is None:
-                    missing_keys.append(prefix + name)
-                elif value.shape != factor.shape:
-                    errors.append(
-                        f"size mismatch for {prefix}{name}: {tuple(value.shape)} in the "
-                        f"checkpoint, {tuple(factor.shape)} in the layer's basis"
-                    )
-                else:
-                    setattr(self.basis, name, value.detach().clone().to(factor))
+        for name, factor in self._factors_of_the_weight():
+            value = state_dict.pop(prefix + name, None)
+            if value is None:
+                missing_keys.append(prefix + name)
+            elif value.shape != factor.shape:
+                errors.append(
+                    f"size mismatch for {prefix}{name}: {tuple(value.shape)} in the "
+                    f"checkpoint, {tuple(factor.shape)} in the layer's basis"
+                )
+            else:
+                setattr(self.basis, name, value.detach().clone().to(factor))
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors
         )
@@ -461,7 +467,14 @@ def _transform(weight: Tensor, basis: Basis | None) -> tuple[Tensor, Tensor | No
     """`W~ = V W U^T`, and what a truncated basis leaves over of `W`, else None."""
     if basis is None:
         return weight, None
-    transformed = torch.linalg.multi_dot([basis.v, weight, basis.u.T])
+    transformed = weight if basis.u is None else weight @ basis.u.T
+    transformed = transformed if basis.v is None else basis.v @ transformed
     if not basis.is_truncated:
         return transformed, None
-    return transformed, weight - torch.linalg.multi_dot([basis.v.T, transformed, basis.u])
+    return transformed, weight - _rotated_back(transformed, basis.u, basis.v)
+
+
+def _rotated_back(transformed: Tensor, u: Tensor | None, v: Tensor | None) -> Tensor:
+    """`V^T W~ U`."""
+    weight = transformed if u is None else transformed @ u
+    return weight if v is None else v.T @ weight

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ._files import save_safetensors
 from .basis import Basis
-from .config import SparseGradConfig, Target, find_targets, is_conv1d, linear_view
+from .config import SparseGradConfig, Target, find_targets, is_conv1d, wanted_modes
 from .linear import SparseGradLinear, WeightSpace
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -122,13 +122,22 @@ def _prepare_bases(
                 f"it has {sorted(basis)}: was it fitted with the same config?"
             )
         weight = cast(Tensor, target.module.weight)
-        out_features, in_features = linear_view(target.module, weight).shape
         found = basis[target.group]
-        if (found.out_features, found.in_features) != (out_features, in_features):
+        for mode, got, wanted in zip(
+            ("out", "in"), (found.out_features, found.in_features), target.shape, strict=True
+        ):
+            if got is not None and got != wanted:
+                raise ValueError(
+                    f"basis {target.group!r} is for {mode}_features={got}, but {name} is "
+                    f"{list(target.shape)}"
+                )
+        try:
+            found = found.select(*wanted_modes(config.modes, target.shape))
+        except ValueError as error:
             raise ValueError(
-                f"basis {target.group!r} is for [{found.out_features}, {found.in_features}], "
-                f"but {name} is [{out_features}, {in_features}]"
-            )
+                f"basis {target.group!r}, needed by {name}: {error}: was it fitted with the same "
+                "config.modes?"
+            ) from None
         if config.energy is not None:
             found = found.truncate(energy=config.energy)
         elif config.ranks is not None:

@@ -21,6 +21,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 
 from .. import SparseGradConfig, __version__
+from ..config import MODES
 from ..diagnostics import Recorder
 from .data import Batches, DataError, TextData, encode, load_data
 from .methods import LEARNING_RATES, METHODS, prepare
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", metavar="PATH", help="a folder of transformers; by default packaged MiniLM")
     add("--density", type=float, default=0.01, help="share of the gradient's entries to keep")
     add("--energy", type=float, help="truncate the basis to this share of the gradient's energy")
+    add("--modes", choices=MODES, default="both", help="of the gradient, which get a basis")
     add("--weight-space", choices=["original", "transformed"], default="original")
     add("--per-layer-basis", action="store_true", help="one basis for each layer, not each role")
     add("--basis-steps", type=int, default=30, help="batches of the preliminary phase")
@@ -104,6 +106,7 @@ class Job:
         self.config = SparseGradConfig(
             density=args.density,
             energy=args.energy,
+            modes=args.modes,
             layers=args.layers,
             shared_basis=not args.per_layer_basis,
             weight_space=args.weight_space,
