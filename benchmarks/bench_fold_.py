@@ -1,4 +1,7 @@
-"""The fold `W += V^T D~ U`: the dense product of its cheaper order is the least."""
+"""The fold `W += V^T D~ U`: the dense product of its cheaper order is the least.
+
+With a basis of the smaller side alone there is no dense product; a copy of the weight is the least.
+"""
 
 from __future__ import annotations
 
@@ -69,3 +72,59 @@ def compare(case: Case, device: torch.device, generator: torch.Generator) -> Com
 @pytest.mark.contenders("dense products", "torch.sparse.mm", "bound", varies=("density",))
 def test_fold_(race) -> None:
     race(compare)
+
+
+def compare_one_basis(case: Case, device: torch.device, generator: torch.Generator) -> Comparison:
+    from cases import assert_close_to
+
+    weight = make_inputs(case, device, generator).w
+    out_features, in_features = weight.shape
+    of_input = in_features <= out_features
+    size = min(in_features, out_features)
+    basis = (torch.randn(size, size, generator=generator) / size**0.5).to(device, case.dtype)
+    u, v = (basis, None) if of_input else (None, basis)
+    indices, values = ops.topk_coo(weight, case.k)
+    delta = torch.zeros_like(weight)
+    delta[indices[0], indices[1]] = values
+    wide = delta.double() @ basis.double() if of_input else basis.double().T @ delta.double()
+    oracle = weight.double() + wide
+    scale = oracle.abs().amax()
+    weights = {
+        name: weight.clone() for name in ("ours", "reference", "dense product", "torch.sparse.mm")
+    }
+
+    def dense_product() -> None:
+        if of_input:
+            weights["dense product"].addmm_(delta, basis)
+        else:
+            weights["dense product"].addmm_(basis.T, delta)
+
+    def sparse_mm() -> None:
+        d = torch.sparse_coo_tensor(indices, values, weight.shape, check_invariants=False)
+        added = torch.sparse.mm(d, basis) if of_input else torch.sparse.mm(d.t(), basis).T
+        weights["torch.sparse.mm"].add_(added)
+
+    def check(name: str, result) -> None:
+        if name in weights:
+            assert_close_to(weights[name], oracle, 4 * scale)
+
+    runs = {
+        "ours": lambda: ops.fold_(weights["ours"], u, v, indices, values),
+        "reference": lambda: _reference(weights["reference"], u, v, indices, values),
+        "dense product": dense_product,
+        "torch.sparse.mm": sparse_mm,
+        "bound": lambda: delta.copy_(weight),
+    }
+    return Comparison(
+        runs,
+        check,
+        n_bytes=(2 * weight.numel() + basis.numel()) * weight.element_size(),
+        flops=2 * case.k * size,
+    )
+
+
+@pytest.mark.contenders(
+    "dense product", "torch.sparse.mm", "bound", varies=("density",), op="fold_"
+)
+def test_fold_one_basis(race) -> None:
+    race(compare_one_basis)

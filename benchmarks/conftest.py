@@ -49,7 +49,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "contenders(*names, varies): who takes part, on what cases")
+    config.addinivalue_line(
+        "markers",
+        "contenders(*names, varies, op): who takes part, on what cases, in which operator",
+    )
     config.stash[_SESSION] = Session(torch.device(config.getoption("--device")))
 
 
@@ -58,7 +61,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if marker is None:
         return
     device = metafunc.config.stash[_SESSION].device
-    backend = serving_backend(metafunc.function.__name__.removeprefix("test_"), device)
+    backend = serving_backend(_operator(metafunc.function.__name__, marker), device)
     names = [n for n in ("ours", "reference", *marker.args) if (n, backend) != _TWICE]
     on_gpu = device.type == "cuda"
     lanes = [
@@ -74,10 +77,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("lane", lanes)
 
 
+def _operator(test: str, marker: pytest.Mark) -> str:
+    """The test's name has it, unless the marker says another."""
+    return marker.kwargs.get("op", test.removeprefix("test_"))
+
+
 @pytest.fixture
 def race(request: pytest.FixtureRequest, benchmark, lane: Lane) -> Callable[[Compare], None]:
     """`race(compare)`: checks and times all contenders once, and reports this test's."""
-    config, op = request.config, request.function.__name__.removeprefix("test_")
+    config, name = request.config, request.function.__name__.removeprefix("test_")
+    marker = request.node.get_closest_marker("contenders")
+    op = _operator(name, marker)
     session, case = config.stash[_SESSION], lane.case
     device = session.device
     if session.roofs is None:
@@ -85,15 +95,15 @@ def race(request: pytest.FixtureRequest, benchmark, lane: Lane) -> Callable[[Com
 
     def run(compare: Compare) -> None:
         budget = _SECONDS["full" if config.getoption("--full") else "quick"]
-        comparison, times = session.measured((op, case), case, compare, lane.cache, budget)
+        comparison, times = session.measured((name, case), case, compare, lane.cache, budget)
         if lane.contender in comparison.unserved:
             pytest.skip(comparison.unserved[lane.contender])
         medians = {name: statistics.median(seconds) for name, seconds in times.items()}
         roof = session.roofs.seconds(comparison.n_bytes, comparison.flops, case.dtype)
         mine, bound = medians[lane.contender], medians.get("bound", roof)
-        benchmark.group = f"{op} {case} {lane.cache}"
+        benchmark.group = f"{name} {case} {lane.cache}"
         benchmark.extra_info.update(
-            op=op,
+            op=name,
             case=str(case),
             shape=asdict(case.shape),
             dtype=str(case.dtype).removeprefix("torch."),

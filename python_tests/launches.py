@@ -282,8 +282,9 @@ def main() -> None:
             for what, shape in SHAPES.items():
                 for dtype in DTYPES:
                     args = arguments(name, shape, dtype)
-                    for given in [args, {**args, "u": None, "v": None}] if "u" in args else [args]:
-                        case = f"{name} {what} {TYPES[dtype]}" + " identity" * (given is not args)
+                    for absent in ("", "u", "v", "uv") if "u" in args else ("",):
+                        case = f"{name} {what} {TYPES[dtype]}" + f" without {absent}" * bool(absent)
+                        given = {**args, **dict.fromkeys(absent)}
                         call = partial(launcher, *given.values())
                         found[case] = observe(call, launches)
         one = torch.ones(3, device=DEVICE)

@@ -338,21 +338,27 @@ def test_fold_():
         r_out, r_in = 1 + draw.random.randrange(n_out), 1 + draw.random.randrange(n_in)
         weight = draw.layout(draw.values(n_out, n_in, finite=True), True)
         u = v = None
-        if draw.random.random() < 0.3:
-            r_out, r_in = n_out, n_in
+        sides = draw.random.choice(["both", "in", "out", "none"])
+        if sides in ("both", "in"):
+            u = draw.matrix(r_in, n_in, finite=True)
         else:
-            u, v = draw.matrix(r_in, n_in, finite=True), draw.matrix(r_out, n_out, finite=True)
+            r_in = n_in
+        if sides in ("both", "out"):
+            v = draw.matrix(r_out, n_out, finite=True)
+        else:
+            r_out = n_out
         indices, values = draw.coo(r_out, r_in, distinct=False)
         d = torch.zeros(r_out, r_in, dtype=torch.float64)
         size = d.clone()
         d.index_put_((indices[0], indices[1]), values.double(), accumulate=True)
         size.index_put_((indices[0], indices[1]), values.double().abs(), accumulate=True)
-        if u is None or v is None:  # summed one by one in the weight's dtype
-            oracle = weight.double() + d
-            scale = weight.double().abs() + size + values.double().abs().sum()
-        else:
-            oracle = weight.double() + v.double().T @ d @ u.double()
-            scale = weight.double().abs() + v.double().abs().T @ size @ u.double().abs()
+        if u is not None:
+            d, size = d @ u.double(), size @ u.double().abs()
+        if v is not None:
+            d, size = v.double().T @ d, v.double().abs().T @ size
+        oracle, scale = weight.double() + d, weight.double().abs() + size
+        if sides == "none":  # summed one by one in the weight's dtype
+            scale = scale + values.double().abs().sum()
         ops.fold_(weight, u, v, indices, values)
         assert_near(weight, oracle, scale)
 
@@ -374,7 +380,11 @@ def run_all(draw: Draw) -> list[Tensor]:
     ops.fold_(weight, u, v, indices[:, :40], torch.ones(40, dtype=g.dtype))
     plain = torch.zeros(500, 400, dtype=c.dtype)
     ops.fold_(plain, None, None, indices, values)
-    return [*out, *state, weight, plain]
+    sides = [torch.zeros(n, dtype=g.dtype) for n in ((500, 900), (700, 400))]
+    ones = torch.ones(indices.shape[1], dtype=g.dtype)
+    ops.fold_(sides[0], u, None, indices, ones)
+    ops.fold_(sides[1], None, v, indices, ones)
+    return [*out, *state, weight, plain, *sides]
 
 
 def test_threads_give_identical_bits():

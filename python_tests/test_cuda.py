@@ -47,7 +47,7 @@ OPS = (
 
 def skip_if_reference(op: str) -> None:
     """The reference is written for legibility: it may wait for the device."""
-    qualified = f"sparsegrad_kernels::{op}"
+    qualified = f"sparsegrad_kernels::{op.partition(' ')[0]}"
     if ON_GPU and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
         pytest.skip(f"{op} is served by the reference")
 
@@ -144,6 +144,9 @@ def adam_oracle(arguments: list[Tensor], step: int) -> list[Tensor]:
     v[at] = beta2 * v[at] + (1 - beta2) * g * g
     p[at] -= lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step) * m[at] / (v[at].sqrt() + eps)
     return [p, m, v]
+
+
+SIDES = ("in", "out")  # of the bases u and v
 
 
 def fold_arguments(size, dtype: torch.dtype, generator: torch.Generator) -> list[Tensor]:
@@ -325,24 +328,19 @@ def test_sparse_adam(size, dtype, step, generator):
 
 @dtypes
 @sizes
-def test_fold(size, dtype, generator):
-    arguments = fold_arguments(size, dtype, generator)
-    oracle, scale = fold_oracle(*arguments)
-    for layout in ("contiguous", "transposed", "sliced"):
-        weight, u, v = (strided_views(put(t))[layout] for t in arguments[:3])
-        ops.fold_(weight, u, v, *(put(t) for t in arguments[3:]))
-        assert_close(weight, oracle, scale, factor=2)
-
-
-@dtypes
-@sizes
-def test_fold_without_a_basis(size, dtype, generator):
-    weight, _, _, indices, values = fold_arguments(size, dtype, generator)
+@pytest.mark.parametrize("sides", ["both", "in", "out", "none"])
+def test_fold(size, dtype, sides, generator):
+    weight, *bases, indices, values = fold_arguments(size, dtype, generator)
+    given = [b if sides in ("both", side) else None for side, b in zip(SIDES, bases, strict=True)]
     identities = [torch.eye(n, dtype=torch.float64) for n in (size[2], size[1])]
-    oracle, scale = fold_oracle(weight, *identities, indices, values)
-    on_device = put(weight)
-    ops.fold_(on_device, None, None, put(indices), put(values))
-    assert_close(on_device, oracle, scale, factor=2)
+    used = [i if b is None else b for b, i in zip(given, identities, strict=True)]
+    oracle, scale = fold_oracle(weight, *used, indices, values)
+    for layout in ("contiguous", "transposed", "sliced"):
+        target, *bases = (
+            t if t is None else strided_views(put(t))[layout] for t in (weight, *given)
+        )
+        ops.fold_(target, *bases, put(indices), put(values))
+        assert_close(target, oracle, scale, factor=2)
 
 
 # ---- float32 as tf32 ----
@@ -534,11 +532,16 @@ Run = Callable[..., Tensor | tuple[Tensor, ...] | None]
 def example(op: str, dtype: torch.dtype, keep: float, generator: torch.Generator):
     """How to run `op`, its inputs, and how many of the first of them it writes."""
     size = SIZES["large"]
-    run: Run = getattr(ops, op)
+    run: Run = getattr(ops, op.partition(" ")[0])
     if op == "sparse_adam_":
         return lambda *t: ops.sparse_adam_(*t, *ADAM), adam_arguments(size, dtype, generator), 3
     if op == "fold_":
         return run, fold_arguments(size, dtype, generator), 1
+    if op in ("fold_ u", "fold_ v"):
+        weight, u, v, *coo = fold_arguments(size, dtype, generator)
+        if op == "fold_ u":
+            return lambda w, u, *coo: ops.fold_(w, u, None, *coo), [weight, u, *coo], 1
+        return lambda w, v, *coo: ops.fold_(w, None, v, *coo), [weight, v, *coo], 1
     a = sparse_matrix(*size[:2], dtype, generator, keep)
     other = torch.randn(size[0], 261, generator=generator).to(dtype)
     if op == "grad_weight_topk":
@@ -570,7 +573,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 
 
 few = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-each_op = pytest.mark.parametrize("op", OPS)
+each_op = pytest.mark.parametrize("op", [*OPS, "fold_ u", "fold_ v"])  # with one basis
 
 
 @few
@@ -675,8 +678,8 @@ def test_runs_on_its_tensors_device(op, generator):
 # ---- All together ----
 
 
-@pytest.mark.parametrize("identity", [False, True], ids=["basis", "identity"])
-def test_training_equals_that_on_the_cpu(identity, generator):
+@pytest.mark.parametrize("sides", ["both", "in", "out", "none"])
+def test_training_equals_that_on_the_cpu(sides, generator):
     n_in, n_out = 24, 40
     spectra = torch.ones(n_in), torch.ones(n_out)
     u, v = orthogonal(n_in, generator), orthogonal(n_out, generator)
@@ -688,7 +691,10 @@ def test_training_equals_that_on_the_cpu(identity, generator):
         with torch.no_grad():
             linear.weight.copy_(weights)
             linear.bias.zero_()
-        basis = None if identity else Basis(u, v, *spectra)
+        basis = None
+        if sides != "none":
+            wanted = sides in ("both", "in"), sides in ("both", "out")
+            basis = Basis(u, v, *spectra).select(*wanted)
         layer = SparseGradLinear.from_linear(linear.to(device), basis, density=0.1)
         optimizer = SparseAdam(layer.parameters(), lr=1e-2)
         for x in batches:

@@ -175,18 +175,19 @@ def test_fold_agrees_with_float64(size, dtype, generator, no_sync):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("identity", [False, True], ids=["rotated", "identity"])
+@pytest.mark.parametrize("sides", ["both", "in", "out", "none"])
 @pytest.mark.parametrize(
     "shape", [(61, 67, 300), (1037, 390, 40_000), (390, 1037, 40_000), (3072, 768, 23_600)], ids=str
 )
-def test_fold_gives_the_same_bits_each_time(shape, identity, dtype, generator):
+def test_fold_gives_the_same_bits_each_time(shape, sides, dtype, generator):
     """A task that does not wait for what it reads shows here, and one that waits for ever."""
     n_out, n_in, n = shape
     weight = torch.randn(n_out, n_in, generator=generator).to(dtype)
-    r_out, r_in = (n_out, n_in) if identity else (n_out - 2, n_in - 3)
+    has_u, has_v = sides in ("both", "in"), sides in ("both", "out")
+    r_out, r_in = n_out - 2 * has_v, n_in - 3 * has_u
     u, v = (
-        None if identity else (torch.randn(r, size, generator=generator) / size**0.5).to(dtype)
-        for r, size in ((r_in, n_in), (r_out, n_out))
+        (torch.randn(r, size, generator=generator) / size**0.5).to(dtype) if given else None
+        for given, r, size in ((has_u, r_in, n_in), (has_v, r_out, n_out))
     )
     # In no order, some twice, a third of them in one column and others in one row.
     indices = torch.stack([torch.randint(r, (n,), generator=generator) for r in (r_out, r_in)])
@@ -278,14 +279,14 @@ def test_graph_of_the_optimizer_counts_its_steps(generator):
     assert_graph_equals_eager(run, *two(make), n_written=3)
 
 
-@pytest.mark.parametrize("identity", [False, True])
-def test_graph_of_fold(identity, generator):
+@pytest.mark.parametrize("sides", ["both", "in", "out", "none"])
+def test_graph_of_fold(sides, generator):
     def make() -> list[Tensor]:
         weight, u, v, indices, values = fold_arguments((1, 390, 261), torch.float32, generator)
-        return [weight, indices, values] if identity else [weight, indices, values, u, v]
+        return [weight, indices, values, u, v]
 
-    def run(weight: Tensor, indices: Tensor, values: Tensor, *bases: Tensor) -> None:
-        u, v = bases or (None, None)
-        ops.fold_(weight, u, v, indices, values)
+    def run(weight: Tensor, indices: Tensor, values: Tensor, u: Tensor, v: Tensor) -> None:
+        given_u, given_v = sides in ("both", "in"), sides in ("both", "out")
+        ops.fold_(weight, u if given_u else None, v if given_v else None, indices, values)
 
     assert_graph_equals_eager(run, *two(make), n_written=1)

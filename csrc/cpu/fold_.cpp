@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kPanel = 64;       // columns multiplied at a time, in registers
 constexpr int64_t kTogether = 4;     // panels copied together
+constexpr int64_t kRows = 16;        // rows of a product stored together: a cache line of columns
 constexpr int64_t kGrain = 1 << 14;  // entries worth a thread
 
 // ---- Without a basis ----
@@ -108,11 +109,11 @@ void copy_run(const T* from, int64_t n, int64_t stride, W* to) {
   }
 }
 
-// 64 bytes, which the compiler splits over whatever registers there are. Written out, since gcc
-// would rather unroll the loop over entries into a loop over columns than use vectors for it.
+// Written out, since gcc would rather unroll the loop over entries into a loop over columns than use
+// vectors for it. 32 bytes, for what is wider than a register it takes apart in memory.
 template <class W>
 struct Vector {
-  typedef W type __attribute__((vector_size(64)));
+  typedef W type __attribute__((vector_size(32)));
 };
 
 // sum = the entries [begin, end) of D times their rows of the panel.
@@ -133,9 +134,16 @@ SPARSEGRAD_INLINE inline void add_group(
   std::memcpy(sum, total, sizeof(total));
 }
 
-// For each group o, `store(o, j, row, n)` of n elements from column j on of the row
-// sum of value * b[kept[inner]] over its entries. A few panels of columns are copied together (b is
-// read in longer pieces), then multiplied one by one, each from the cache.
+// A part of a product: so many rows from row `row` on, and columns.
+template <class W>
+struct Part {
+  int64_t row, rows, col, cols;
+  W values[kRows][kPanel];
+};
+
+// Calls `store` with each part of the product whose row o is the sum of value * b[kept[inner]] over
+// the entries of group o. A few panels of columns are copied together (b is read in longer pieces),
+// then multiplied one by one, each from the cache.
 template <class W, class T, class Store>
 void sparse_times(
     const Grouped<W>& d, Matrix<const T> b, const std::vector<int64_t>& kept, const Store& store) {
@@ -157,10 +165,16 @@ void sparse_times(
       for (int64_t j = begin; j < end; j += kPanel) {
         const W* panel = panels.data() + (j - begin) * n_kept;
         simd([&]() SPARSEGRAD_INLINE {
-          for (int64_t o = 0; o < n_groups; ++o) {
-            W sum[kPanel];
-            add_group(d, d.begins[o], d.begins[o + 1], panel, sum);
-            store(o, j, sum, std::min(kPanel, end - j));
+          Part<W> part;
+          part.col = j;
+          part.cols = std::min(kPanel, end - j);
+          for (part.row = 0; part.row < n_groups; part.row += kRows) {
+            part.rows = std::min(kRows, n_groups - part.row);
+            for (int64_t i = 0; i < part.rows; ++i) {
+              const int64_t o = part.row + i;
+              add_group(d, d.begins[o], d.begins[o + 1], panel, part.values[i]);
+            }
+            store(part);
           }
         });
       }
@@ -193,8 +207,10 @@ void add_product(const Tensor& to, const Tensor& left, const Tensor& right) {
 
 template <class W>
 auto copy_to(Matrix<W> out) {
-  return [out](int64_t o, int64_t j, const W* row, int64_t n) SPARSEGRAD_INLINE {
-    std::copy_n(row, n, &out(o, j));
+  return [out](const Part<W>& part) SPARSEGRAD_INLINE {
+    for (int64_t i = 0; i < part.rows; ++i) {
+      std::copy_n(part.values[i], part.cols, &out(part.row + i, part.col));
+    }
   };
 }
 
@@ -207,13 +223,28 @@ void fold_one_side(
   const Matrix<T> to = outer_axis == 0 ? weight : weight.transposed();
   const Axis outer(indices, outer_axis, to.rows), inner(indices, 1 - outer_axis, basis.size(0));
   const Grouped<W> d(indices, values, value_stride, outer_axis, outer, inner);
-  const auto add = [&](int64_t o, int64_t j, const W* row, int64_t n) SPARSEGRAD_INLINE {
-    T* const at = &to(outer.kept[o], j);
-    for (int64_t i = 0; i < n; ++i) {
-      add_entry(at[i * to.col_stride], row[i]);
+  const auto by_rows = [&](const Part<W>& part) SPARSEGRAD_INLINE {
+    for (int64_t i = 0; i < part.rows; ++i) {
+      T* const at = &to(outer.kept[part.row + i], part.col);
+      for (int64_t j = 0; j < part.cols; ++j) {
+        add_entry(at[j], part.values[i][j]);
+      }
     }
   };
-  sparse_times(d, matrix<T>(basis), inner.kept, add);
+  const auto by_cols = [&](const Part<W>& part) SPARSEGRAD_INLINE {
+    const int64_t* const kept = outer.kept.data() + part.row;
+    for (int64_t j = 0; j < part.cols; ++j) {
+      T* const at = &to(0, part.col + j);
+      for (int64_t i = 0; i < part.rows; ++i) {
+        add_entry(at[kept[i] * to.row_stride], part.values[i][j]);
+      }
+    }
+  };
+  if (to.col_stride == 1) {
+    sparse_times(d, matrix<T>(basis), inner.kept, by_rows);
+  } else {
+    sparse_times(d, matrix<T>(basis), inner.kept, by_cols);
+  }
 }
 
 template <class T>
