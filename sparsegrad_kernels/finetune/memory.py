@@ -56,7 +56,9 @@ def live_tensor_bytes() -> int:
                 (item._indices(), item._values()) if item.layout is torch.sparse_coo else (item,)
             ):
                 storage = tensor.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+                # Those that torch.compile left behind have a size, but no memory.
+                with contextlib.suppress(RuntimeError):
+                    storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 
