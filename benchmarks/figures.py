@@ -22,6 +22,7 @@ _COLOURS = {
     "MeProp": "#CC79A7",
     "paper": "#D55E00",
     "truncated": "#56B4E9",
+    "one side": "#009E73",
     "SparseGrad": "#0072B2",
     "bound": "#999999",
 }
@@ -32,9 +33,11 @@ Rows = Iterable[dict[str, Any]]
 def colour(name: str) -> str:
     if name.startswith("paper"):
         return _COLOURS["paper"]
+    if "smaller modes" in name or "of the input" in name:
+        return _COLOURS["one side"]
     if name.startswith("SparseGrad,") and "COO" not in name:
         return _COLOURS["truncated"]
-    return next((value for key, value in _COLOURS.items() if name.startswith(key)), "#009E73")
+    return next((value for key, value in _COLOURS.items() if name.startswith(key)), "#F0E442")
 
 
 def _finish(axes: Any, **settings: Any) -> None:

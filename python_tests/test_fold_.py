@@ -40,7 +40,7 @@ def check(weight, u, v, indices, values, layout: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [(1, 1, 1, 1), (12, 5, 12, 5), (5, 12, 3, 7), (30, 20, 30, 4)])
-@pytest.mark.parametrize("n", [0, 1, 40])
+@pytest.mark.parametrize("n", [0, 40])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 @pytest.mark.parametrize("sides", SIDES)
 def test_equals_oracle(dtype, size, n, layout, sides, generator):
