@@ -46,6 +46,7 @@ class Page:
     def __init__(self, out: Path) -> None:
         self.out = out
         self.parts: list[str] = []
+        self.names: list[str] = []
 
     def section(self, title: str, *paragraphs: str) -> None:
         self.parts.append(f"<h2>{html.escape(title)}</h2>")
@@ -58,6 +59,9 @@ class Page:
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=130)
         plt.close(figure)
+        self.names.append(name)
+        if (n := self.names.count(name)) > 1:  # of another document
+            name = f"{name}-{n}"
         self.out.with_name(f"{self.out.stem}-{name}.png").write_bytes(buffer.getvalue())
         data = base64.b64encode(buffer.getvalue()).decode()
         self.add(f'<img alt="{html.escape(what)}" src="data:image/png;base64,{data}">')
