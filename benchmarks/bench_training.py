@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import resource
 from dataclasses import asdict
 from pathlib import Path
@@ -43,7 +44,7 @@ def show(rows: list[Row]) -> None:
             print(f"{row.method:36}{row.status:>9}")
             continue
         peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
-        parts = "".join(f"{1e3 * row.seconds[part]:>8.1f}ms" for part in PARTS)
+        parts = "".join(f"{1e3 * row.seconds.get(part, math.nan):>8.1f}ms" for part in PARTS)
         figures = f"{row.steps_per_second:>9.2f}{peak:>10}{parts}"
         print(f"{row.method:36}{figures}  {row.about}", flush=True)
 
@@ -77,11 +78,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="timed in each turn: 8, or 3 with --quick")
     parser.add_argument("--basis-steps", type=int, help="30, or 2 with --quick")
     parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--graph", action="store_true", help="time a CUDA graph of the step")
     options = parser.parse_args(arguments)
     quick = options.quick
     options.models = options.models or (["minilm"] if quick else list(models.MODELS))
     options.tasks = options.tasks or (["cola", "mnli"] if quick else list(glue.TASKS))
     options.layers = options.layers or (2 if quick else None)
+    if options.graph:  # torch.optim.SparseAdam reads from the device
+        options.methods = [name for name in options.methods if not name.startswith("paper")]
     options.batch_size = options.batch_size or (8 if quick else None)
     options.turns = options.turns or (2 if quick else 3)
     options.steps = options.steps or (3 if quick else 8)

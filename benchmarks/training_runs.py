@@ -13,6 +13,7 @@ from typing import Any
 import glue
 import models
 import torch
+from measure import Run, captured
 from torch import Tensor, nn
 from training_methods import METHODS, Bases, Ready
 
@@ -78,6 +79,7 @@ class TrainingBench:
         packed = name == "llama-7b-block"
         n_labels = 2 if packed else glue.TASKS[task].n_labels
         self.base = models.build_model(name, n_labels, options.layers)
+        self.graph: Run | None = None
         generator = torch.Generator().manual_seed(0)
         size = options.batch_size or glue.batch_size(name, task)
         vocabulary = models.vocabulary_of(name)
@@ -122,6 +124,34 @@ class TrainingBench:
         model = copy.deepcopy(self.base).to(self.device).train()
         return METHODS[method](model, self.name, bases)
 
+    def replay(self, ready: Ready, number: int) -> list[float]:
+        """A step of the graph of `capture`, which can be timed as a whole only."""
+        assert self.graph is not None
+        marks = _Marks(self.device)
+        marks.mark()
+        for name, tensor in self.batches[number % len(self.batches)].items():
+            self.static[name].copy_(tensor)
+        self.graph()
+        marks.mark()
+        return marks.parts()
+
+    def capture(self, ready: Ready) -> None:
+        """Forward, backward and the optimizer's step as one CUDA graph, on tensors of its own."""
+        self.static = {k: t.to(self.device, copy=True) for k, t in self.batches[0].items()}
+
+        def run() -> None:
+            with autocast(self.device, self.dtype):
+                loss = ready.model(**self.static).loss
+            loss.backward()
+            for optimizer in ready.optimizers:
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+
+        for optimizer in ready.optimizers:
+            for group in optimizer.param_groups:
+                group["capturable"] = True
+        self.graph = captured(run)
+
     def step(self, ready: Ready, number: int) -> list[float]:
         marks = _Marks(self.device)
         marks.mark()
@@ -149,7 +179,12 @@ class TrainingBench:
 
     def measure_time(self, row: Row, bases: Bases) -> list[list[float]]:
         ready = self.prepare(row.method, bases)
-        steps = [self.step(ready, n) for n in range(_WARM_UP + self.options.steps)]
+        step = self.step
+        if self.options.graph:
+            self.capture(ready)
+            step = self.replay
+        steps = [step(ready, n) for n in range(_WARM_UP + self.options.steps)]
+        self.graph = None
         return steps[_WARM_UP:]
 
     def release(self) -> None:
@@ -195,9 +230,10 @@ def run(bench: TrainingBench, methods: list[str], turns: int) -> list[Row]:
             bench.release()
     for method, row in rows.items():
         if row.status == "measured":
+            parts = () if bench.options.graph else PARTS
             row.seconds = {
                 part: statistics.median(times)
-                for part, times in zip(PARTS, zip(*samples[method], strict=True), strict=True)
+                for part, times in zip(parts, zip(*samples[method], strict=True), strict=False)
             }
             row.seconds["all"] = statistics.median(sum(parts) for parts in samples[method])
             row.steps_per_second = 1 / row.seconds["all"]
