@@ -78,6 +78,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="timed in each turn: 8, or 3 with --quick")
     parser.add_argument("--basis-steps", type=int, help="30, or 2 with --quick")
     parser.add_argument("--threads", type=int, help="of the CPU")
+    parser.add_argument("--tf32", action="store_true", help="multiply float32 as tf32")
     parser.add_argument("--graph", action="store_true", help="time a CUDA graph of the step")
     options = parser.parse_args(arguments)
     quick = options.quick
@@ -98,6 +99,7 @@ def main() -> None:
     device = torch.device(options.device)
     if options.threads:
         torch.set_num_threads(options.threads)
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if options.tf32 else "ieee"
     if device.type == "cpu":
         limit_memory()
     settings = {key: value for key, value in vars(options).items() if key != "json"}

@@ -1,6 +1,7 @@
 """Builds, tests, sanitizes and times everything on a GPU, in one run of under 10 minutes.
 
     python benchmarks/gpu.py [--only tests|sanitizer|micro|training] [--device cpu] [--wheels DIR]
+                             [--seconds 570]
 
 No network is needed. The package is built as by `pip install --no-build-isolation --no-deps .`, for
 the card that is there, and installed with the wheels of DIR (for what the machine lacks, as
@@ -16,6 +17,7 @@ Triton backends, compute-sanitizer) is left out: it proves this script and the t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -35,6 +37,7 @@ LOGS = ROOT / "build" / "gpu-logs"
 PARTS = ("tests", "sanitizer", "micro", "training")
 BUDGET = 570  # seconds of the 10 minutes that a command may take on the machine
 PYTEST = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+SIDE_BY_SIDE = importlib.util.find_spec("xdist") is not None
 SANITIZER_FAILED = "86"
 CPU_TESTS = "the rest, CPU"
 Stage = list[Step]
@@ -90,14 +93,16 @@ def tests(device: str) -> list[Stage]:
     everything = "python_tests/test_cuda.py"
     triton = "python_tests/test_triton_cuda.py"
 
-    def step(name: str, backend: str | None, *arguments: str) -> Step:
-        environment = {"SPARSEGRAD_TEST_DEVICE": device, "OMP_NUM_THREADS": "2"}
+    def step(name: str, backend: str | None, *arguments: str, processes: int = 1) -> Step:
+        environment = {"SPARSEGRAD_TEST_DEVICE": device, "OMP_NUM_THREADS": "1"}
+        if SIDE_BY_SIDE and processes > 1:
+            arguments = (*arguments, "-n", str(processes))
         if backend:
             environment["SPARSEGRAD_BACKEND"] = backend
         needs = [path for path in arguments if path.endswith(".py")]
-        # What fails on the CPU says nothing about the GPU; and Triton compiles for long at first.
+        # What fails on the CPU says nothing about the GPU.
         ends = () if name == CPU_TESTS else ["failed"]
-        return Step(f"tests: {name}", [*PYTEST, *arguments], 240, environment, needs, ends)
+        return Step(f"tests: {name}", [*PYTEST, *arguments], 180, environment, needs, ends)
 
     if device == "cpu":
         small = ["-k", "small or graph or waits or stream"]
@@ -105,9 +110,11 @@ def tests(device: str) -> list[Stage]:
         stage.append(step("C++", "cpp", everything, *small))
         stage.append(step(CPU_TESTS, None, *cpu_tests("config", "sparse_adam_")))
         return [stage]
-    stage = [step("reference", "reference", everything), step("CUDA", "cuda", everything)]
-    stage += [step("Triton", "triton", everything), step("Triton's own", "triton", triton)]
-    stage += [step("as dispatched", None, everything), step(CPU_TESTS, None, *cpu_tests())]
+    # Triton compiles for long at first, and without a cache for longer.
+    stage = [step("reference", "reference", everything)]
+    stage += [step("CUDA", "cuda", everything, processes=3)]
+    stage += [step("Triton", "triton", everything, triton, processes=6)]
+    stage += [step(CPU_TESTS, None, *cpu_tests(), processes=3)]
     return [stage]
 
 
@@ -158,6 +165,10 @@ def sanitizer(device: str) -> list[Stage]:
 def micro(device: str, results: str) -> list[Stage]:
     """One backend after another, alone on the machine."""
     stages = []
+    if device == "cuda":
+        layer = [sys.executable, str(ROOT / "benchmarks" / "layer_step.py")]
+        layer += ["--kernels", f"--json={results}-layer-cuda.json"]
+        stages.append([Step("one layer", layer, 120, {"SPARSEGRAD_BACKEND": "cuda"})])
     for backend in ["cpp"] if device == "cpu" else ["cuda", "triton"]:
         command = [*PYTEST, "benchmarks", f"--device={device}"]
         command += [f"--benchmark-json={results}-operators-{backend}.json"]
@@ -170,20 +181,21 @@ def micro(device: str, results: str) -> list[Stage]:
 
 
 def training(device: str, results: str) -> list[Stage]:
-    """Table 3: bfloat16 and TF32."""
+    """Table 3: bfloat16 and TF32, as CUDA graphs, and bfloat16 as Python launches it."""
     script = ROOT / "benchmarks" / "bench_training.py"
     stages = []
-    for name, arguments, environment in (
-        ("bfloat16", ["--dtype", "bfloat16"], {}),
-        ("tf32", [], {"TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"}),
+    for name, arguments in (
+        ("bfloat16-graph", ["--dtype", "bfloat16", "--graph"]),
+        ("tf32-graph", ["--tf32", "--graph"]),
+        ("bfloat16", ["--dtype", "bfloat16"]),
     ):
+        if device == "cpu" and "--graph" in arguments:
+            continue
         command = [sys.executable, str(script), f"--device={device}", *arguments]
         command += [f"--json={results}-training-{name}.json"]
-        whole = ["--models=roberta-base", "--tasks=mnli", "--turns=2", "--basis-steps=10"]
+        whole = ["--models=roberta-base", "--tasks=mnli", "--turns=1", "--basis-steps=4"]
         command += ["--quick"] if device == "cpu" else whole
-        stages.append([Step(f"training: {name}", command, 150, environment, [script])])
-        if device == "cpu":
-            break
+        stages.append([Step(f"training: {name}", command, 150, needs=[script])])
     return stages
 
 
@@ -223,15 +235,17 @@ class Record:
         path = Path(self.results)
         return sorted(
             file
-            for kind in ("operators", "training")
+            for kind in ("operators", "training", "layer")
             for file in path.parent.glob(f"{path.name}-{kind}-*.json")
             if file.stat().st_size
         )
 
 
-def run_all(record: Record, parts: Sequence[str], device: str, wheels: Path | None) -> str:
+def run_all(
+    record: Record, parts: Sequence[str], device: str, wheels: Path | None, seconds: float
+) -> str:
     """The verdict."""
-    deadline = time.monotonic() + BUDGET
+    deadline = time.monotonic() + seconds
     for folder in (SITE, LOGS):
         shutil.rmtree(folder, ignore_errors=True)
     LOGS.mkdir(parents=True)
@@ -269,6 +283,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="installed beside the package")
     parser.add_argument("--out", type=Path, metavar="DIR", help="by default benchmarks/results")
+    parser.add_argument("--seconds", type=float, default=BUDGET, help="that it may take in all")
     parser.add_argument("--commit", help="of a copy of the tree without its repository")
     options = parser.parse_args()
     os.chdir(ROOT)
@@ -280,7 +295,7 @@ def main() -> None:
     folder = (options.out or default).resolve()
     record = Record(options.device, options.commit, folder, log)
     parts = [part for part in PARTS if not options.only or part in options.only]
-    record.verdict = run_all(record, parts, options.device, options.wheels)
+    record.verdict = run_all(record, parts, options.device, options.wheels, options.seconds)
     record.write()
     print(f"\n{record.verdict}\n{record.results}.md")
     raise SystemExit(record.verdict != "all passed")

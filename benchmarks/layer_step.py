@@ -83,7 +83,7 @@ def main() -> None:
     options = parser.parse_args()
     rows = []
     for dtype in options.dtypes:
-        torch.backends.cuda.matmul.allow_tf32 = dtype == "tf32"
+        torch.backends.cuda.matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
         torch_dtype = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
         for name, shape in SHAPES.items():
             for share in SHARES:

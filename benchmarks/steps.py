@@ -98,7 +98,7 @@ class Steps:
             error = (got.double() - wanted).norm() / wanted.norm()
             # The two factors of a product are rounded, and rotated ones once more.
             allowed = 1e-5 if self.autocast is None else 4 * torch.finfo(self.autocast).eps
-            if torch.backends.cuda.matmul.allow_tf32:
+            if torch.backends.cuda.matmul.fp32_precision == "tf32":
                 allowed = max(allowed, 4e-3)
             assert error <= allowed, f"a gradient is wrong by {error}"
         layer.zero_grad()

@@ -18,7 +18,8 @@ from torch import Tensor
 from cases import DTYPES, SHAPES, TOLERANCE, orthogonal, sparse_matrix, strided_views
 from sparsegrad_kernels import SparseAdam, SparseGradLinear, ops
 from sparsegrad_kernels.basis import Basis
-from sparsegrad_kernels.ops.grad_weight_topk import SLACK
+from sparsegrad_kernels.ops.token_products import token_products
+from sparsegrad_kernels.ops.topk_coo import SLACK
 
 DEVICE = torch.device(os.environ.get("SPARSEGRAD_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
@@ -43,6 +44,8 @@ OPS = (
     "sparse_adam_",
     "fold_",
 )
+# And how some are run besides.
+VARIANTS = ("fold_ u", "fold_ v", "topk_coo near", "_token_products")
 
 
 def skip_if_reference(op: str) -> None:
@@ -228,6 +231,77 @@ def test_products(size, dtype, generator):
     every_col = torch.arange(n_in).repeat(len(rows))
     assert_bits(indices, torch.stack([rows.repeat_interleave(n_in), every_col]))
     assert_close(values, oracle[rows].reshape(-1), scale[rows].reshape(-1))
+
+
+@dtypes
+@sizes
+def test_token_products(size, dtype, generator):
+    """Of what is asked for; zero tokens take no part, whatever the other factor holds there."""
+    tokens, n_out, n_in = size
+    g = sparse_matrix(tokens, n_out, dtype, generator)
+    x = torch.randn(tokens, n_in, generator=generator).to(dtype)
+    weight = torch.randn(n_out, n_in, generator=generator).to(dtype)
+    wide = [t.double() for t in (g, x, weight)]
+    g64, x64, w64 = wide
+    oracles = (g64 @ w64, g64.T @ x64, g64.sum(0))
+    scales = (g64.abs() @ w64.abs(), g64.abs().T @ x64.abs(), g64.abs().sum(0))
+    x[~(g64 != 0).any(1)] = torch.nan
+    layouts = [strided_views(put(t)) for t in (g, x, weight)]
+    for layout in layouts[0]:
+        left, other, factor = (views[layout] for views in layouts)
+        for asked in ((True, True, True), (True, False, False), (False, True, False)):
+            asked_of = other if asked[1] else None, factor if asked[0] else None, asked[2]
+            got, again = (token_products(left, *asked_of) for _ in range(2))
+            for result, same, oracle, scale, wanted in zip(
+                got, again, oracles, scales, asked, strict=True
+            ):
+                assert_bits(result, same)
+                if wanted:
+                    assert result.shape == oracle.shape
+                    assert_close(result, oracle, scale)
+                else:
+                    assert result.numel() == 0
+
+
+@dtypes
+@pytest.mark.parametrize("share", [0.0, 1.0], ids=["none", "all"])
+def test_token_products_of_no_token_and_of_all_small(share, dtype, generator):
+    g = (torch.ones(70, 24) * share).to(dtype)
+    x, weight = (torch.randn(n, 16, generator=generator).to(dtype) for n in (70, 24))
+    got = token_products(put(g), put(x), put(weight), True)
+    g, x, weight = g.double(), x.double(), weight.double()
+    for result, oracle, scale in (
+        (got[0], g @ weight, g @ weight.abs()),
+        (got[1], g.T @ x, g.T @ x.abs()),
+        (got[2], g.sum(0), g.sum(0)),
+    ):
+        assert_close(result, oracle, scale)
+
+
+@dtypes
+@sizes
+@pytest.mark.parametrize("kind", ["normal", "special", "ties"])
+def test_topk_near_a_threshold(kind, size, dtype, generator):
+    """It decides nothing: it serves, lets too many or too few through, or is none."""
+    shape = size[1:]
+    if kind == "special":
+        c = special_matrix(*shape, dtype, generator)
+    else:
+        c = torch.randn(*shape, generator=generator).to(dtype)
+        c = c.round() if kind == "ties" else c
+    n = c.numel()
+    for k in {1, n // 100 + 1, n // 3, n - 1, n, n + 5}:
+        chosen = topk_oracle(c, k)
+        values = c.reshape(-1)[chosen]
+        finite = values[~values.isnan()].abs().float()
+        least = finite.amin() if len(finite) else torch.tensor(torch.inf)
+        for view in strided_views(put(c)).values():
+            for share in (torch.nan, 0.0, 0.1, 0.8, 1.0, 1.1, 1e3, torch.inf):
+                threshold = put((share * least)[None])
+                got = ops.topk_coo(view, k, threshold)
+                assert_bits(got[0], torch.stack([chosen // shape[1], chosen % shape[1]]))
+                assert_bits(got[1], values)
+                torch.testing.assert_close(threshold.cpu(), SLACK * least[None])
 
 
 @dtypes
@@ -532,7 +606,7 @@ Run = Callable[..., Tensor | tuple[Tensor, ...] | None]
 def example(op: str, dtype: torch.dtype, keep: float, generator: torch.Generator):
     """How to run `op`, its inputs, and how many of the first of them it writes."""
     size = SIZES["large"]
-    run: Run = getattr(ops, op.partition(" ")[0])
+    run: Run = getattr(ops, op.partition(" ")[0], token_products)
     if op == "sparse_adam_":
         return lambda *t: ops.sparse_adam_(*t, *ADAM), adam_arguments(size, dtype, generator), 3
     if op == "fold_":
@@ -546,8 +620,14 @@ def example(op: str, dtype: torch.dtype, keep: float, generator: torch.Generator
     other = torch.randn(size[0], 261, generator=generator).to(dtype)
     if op == "grad_weight_topk":
         return lambda *t: ops.grad_weight_topk(*t, 500), [a, other], 0
+    weight = torch.randn(size[1], 261, generator=generator).to(dtype)
     if op == "sparse_dense_mm":
-        return run, [a, torch.randn(size[1], 261, generator=generator).to(dtype)], 0
+        return run, [a, weight], 0
+    if op == "_token_products":
+        return lambda *t: token_products(*t, True), [a, other, weight], 0
+    if op == "topk_coo near":
+        c, threshold = weight @ other[:261].T, torch.tensor([20.0])
+        return lambda *t: ops.topk_coo(t[1], 500, t[0]), [threshold, c], 1
     return (run if op == "compact_indices" else lambda t: ops.topk_coo(t, 500)), [a], 0
 
 
@@ -573,7 +653,7 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 
 
 few = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-each_op = pytest.mark.parametrize("op", [*OPS, "fold_ u", "fold_ v"])  # with one basis
+each_op = pytest.mark.parametrize("op", [*OPS, *VARIANTS])
 
 
 @few

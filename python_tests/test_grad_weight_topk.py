@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cases import DTYPES, INTERPRETING, TOLERANCE, sparse_matrix, strided_views
 from sparsegrad_kernels.ops import grad_weight_topk, topk_coo
-from sparsegrad_kernels.ops.grad_weight_topk import SLACK
+from sparsegrad_kernels.ops.topk_coo import SLACK
 
 OP = torch.ops.sparsegrad_kernels.grad_weight_topk.default
 NEAR = torch.ops.sparsegrad_kernels._grad_weight_topk_near.default

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from cases import orthogonal, sparse_matrix
-from sparsegrad_kernels import Basis, SparseAdam, SparseGradLinear
+from sparsegrad_kernels import Basis, SparseAdam, SparseGradLinear, _gradient
 from sparsegrad_kernels._gradient import rotated_grad_topk
 from sparsegrad_kernels.ops import _library, topk_coo
 
@@ -37,8 +38,14 @@ def make_basis(kind: str, in_: int, out: int, generator: torch.Generator, dtype=
 
 def count_flops() -> FlopCounterMode:
     """With the product that `grad_weight_topk` selects from, of which it may make less."""
-    formula = {OPS.grad_weight_topk: lambda g, x, *args, **kwargs: 2 * g[0] * g[1] * x[1]}
-    return FlopCounterMode(display=False, custom_mapping=formula)
+    formulas = {
+        OPS.grad_weight_topk: lambda g, x, *args, **kwargs: 2 * g[0] * g[1] * x[1],
+        OPS.sparse_dense_mm: lambda a, b, *args, **kwargs: 2 * a[0] * a[1] * b[1],
+        OPS._token_products: lambda g, x, weight, *args, **kwargs: (
+            2 * g[0] * g[1] * sum(other[1] for other in (x, weight) if other is not None)
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
 class ThreeLinears(nn.Module):
@@ -233,6 +240,48 @@ def test_rotation_of_one_side_takes_the_cheaper_order(side, n, generator):
     gradient = n * 60 * 50 + 60 * 50 * 40
     assert (tokens < gradient) == (n == 30)
     assert counter.get_total_flops() == 2 * min(tokens, gradient)
+
+
+@pytest.mark.parametrize("case", [*ORDERS, "shorter x", "shorter g"])
+@pytest.mark.parametrize("sides", ["both", "in", "out", "none"])
+def test_fused_backward_equals_the_other(case, sides, generator):
+    """At the fewest multiply-adds that a product of all tokens allows."""
+    sizes = {**ORDERS, "shorter x": (400, 60, 60, 3, 60), "shorter g": (400, 60, 60, 60, 3)}
+    n, in_, out, r_in, r_out = sizes[case]
+    u = orthogonal(in_, generator)[:r_in] if sides in ("both", "in") else None
+    v = orthogonal(out, generator)[:r_out] if sides in ("both", "out") else None
+    g = torch.randn(2, n // 2, out, generator=generator, dtype=torch.float64)
+    x = torch.randn(2, n // 2, in_, generator=generator, dtype=torch.float64)
+    weight = torch.randn(out, in_, generator=generator, dtype=torch.float64)
+    r_in, r_out = in_ if u is None else r_in, out if v is None else r_out
+    for asked in ((x, weight), (x, None), (None, weight)):
+        rest = [u, v, 20, [r_out, r_in], torch.float64, torch.float32]
+        threshold = torch.full((1,), torch.nan)
+        wanted = _gradient.backward(g, *asked, *rest)
+        g_flat, x_flat = g.flatten(0, 1), None if asked[0] is None else x.flatten(0, 1)
+        with count_flops() as counter:
+            got = _gradient._fused_backward(g_flat, x_flat, asked[1], *rest, threshold, [2, n // 2])
+        for one, other in zip(got, wanted, strict=True):
+            assert (one is None) == (other is None)
+            if one is not None and other is not None:
+                assert one.shape == other.shape and one.dtype == other.dtype
+                torch.testing.assert_close(one.to_dense(), other.to_dense())
+        assert threshold.isnan().all() == (asked[0] is None)
+        rotations = []
+        for v_first, u_first in itertools.product({False, v is not None}, {False, u is not None}):
+            rows, cols = r_out if v_first else out, r_in if u_first else in_
+            total = n * (out * r_out * v_first + in_ * r_in * u_first + rows * cols)
+            by_v = r_out * rows if v is not None and not v_first else 0
+            by_u = r_in * cols if u is not None and not u_first else 0
+            rotations.append(
+                total
+                + min(
+                    by_v * cols + by_u * (r_out if by_v else rows),
+                    by_u * rows + by_v * (r_in if by_u else cols),
+                )
+            )
+        cost = n * out * in_ * (asked[1] is not None) + min(rotations) * (asked[0] is not None)
+        assert counter.get_total_flops() == 2 * cost
 
 
 def test_forward_costs_what_linear_costs(generator):

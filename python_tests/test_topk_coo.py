@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from cases import DTYPES, INTERPRETING, SHAPES, oracle_topk, strided_views
 from sparsegrad_kernels.ops import topk_coo
+from sparsegrad_kernels.ops.topk_coo import SLACK
 
 OP = torch.ops.sparsegrad_kernels.topk_coo.default
 SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-40, 3.4e38, torch.inf, -torch.inf, torch.nan]
@@ -46,6 +47,27 @@ def test_special_values(dtype, generator):
     c = torch.tensor(SPECIAL, dtype=torch.float64)[chosen].to(dtype)
     for k in (1, 20, 100, 200, 323):
         check(c, k)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [torch.nan, -1.0, 0.0, 0.5, 1.0, 1.5, 1e6, torch.inf])
+def test_threshold_decides_nothing(dtype, share, generator):
+    c = torch.randn(37, 41, generator=generator).to(dtype)
+    for k in (1, 30, 2000):
+        wanted = topk_coo(c, k)
+        least = wanted[1].abs().amin().float()[None]
+        threshold = share * least
+        for got, right in zip(topk_coo(c, k, threshold), wanted, strict=True):
+            assert torch.equal(got, right)
+        torch.testing.assert_close(threshold, SLACK * least)
+
+
+def test_bad_thresholds_are_named(generator):
+    c = torch.randn(3, 4, generator=generator)
+    with pytest.raises(TypeError, match="threshold must be float32"):
+        topk_coo(c, 2, torch.zeros(1, dtype=torch.float64))
+    with pytest.raises(ValueError, match="threshold must have shape"):
+        topk_coo(c, 2, torch.zeros(2))
 
 
 def test_all_nans_are_equal():

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .ops._library import is_sync_free
+from .ops._library import has_kernel, is_sync_free
+from .ops.token_products import token_products
 
 
 def backward(
@@ -41,6 +42,10 @@ def backward(
     if weight is not None:
         weight = weight.to(g.dtype)
     u, v = (None if factor is None else factor.to(g.dtype) for factor in (u, v))
+    if has_kernel("_token_products", g):
+        return _fused_backward(
+            g, x, weight, u, v, k, size, dtype, bias_dtype, threshold, [*out_shape]
+        )
     rows = None  # the tokens that take part, where they are known and not all
     if not is_sync_free(g):
         nonzero_rows, _ = ops.nonzero_rows_cols(g)
@@ -59,12 +64,89 @@ def backward(
         else:
             x = x if rows is None else x.index_select(0, rows)
             indices, values = rotated_grad_topk(g, x, u, v, k)
-        grad_sparse = torch.sparse_coo_tensor(
-            indices, values.to(dtype), size, is_coalesced=True, check_invariants=False
-        )
+        grad_sparse = _coo(indices, values.to(dtype), size)
     if bias_dtype is not None:
         grad_bias = g.sum(0).to(bias_dtype)
     return grad_input, grad_sparse, grad_bias
+
+
+def _coo(indices: Tensor, values: Tensor, size: list[int]) -> Tensor:
+    return torch.sparse_coo_tensor(indices, values, size, is_coalesced=True, check_invariants=False)
+
+
+def _fused_backward(
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
+    k: int,
+    size: list[int],
+    dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+    threshold: Tensor | None,
+    out_shape: list[int],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`backward`, its products of tokens made by one operator, which finds the tokens once."""
+    grad_sparse = None
+    v_first = u_first = False
+    right = None
+    if x is not None:
+        v_first, u_first = _rotated_first(g.shape[0], g.shape[1], x.shape[1], u, v)
+        right = x if u is None or not u_first else x @ u.T
+    grad_input, product, grad_bias = token_products(
+        g, None if v_first else right, weight, bias_dtype is not None
+    )
+    if right is not None:
+        if v is not None and v_first:
+            product = ops.sparse_dense_mm(ops.sparse_dense_mm(g, v.T).T, right)
+        rotated = _rotate(product, None if u_first else u, None if v_first else v)
+        indices, values = ops.topk_coo(rotated, k, threshold)
+        grad_sparse = _coo(indices, values.to(dtype), size)
+    return (
+        None if weight is None else grad_input.reshape(*out_shape, weight.shape[1]),
+        grad_sparse,
+        None if bias_dtype is None else grad_bias.to(bias_dtype),
+    )
+
+
+def _rotated_first(
+    n: int, out: int, in_: int, u: Tensor | None, v: Tensor | None
+) -> tuple[bool, bool]:
+    """Whether V is multiplied by `g [n, out]`, and U by `x [n, in]`, before their product is made.
+
+    Else it is by the product: what has the fewest multiply-adds, of bases that shorten enough.
+    """
+    r_in, r_out = in_ if u is None else u.shape[0], out if v is None else v.shape[0]
+
+    def cost(choice: tuple[bool, bool]) -> int:
+        v_first, u_first = choice
+        rows, cols = r_out if v_first else out, r_in if u_first else in_
+        total = n * (out * r_out * v_first + in_ * r_in * u_first + rows * cols)
+        if v is not None and not v_first and u is not None and not u_first:
+            return total + _chain_cost(r_out, rows, cols, r_in)
+        if v is not None and not v_first:
+            return total + r_out * rows * cols
+        return total + (rows * cols * r_in if u is not None and not u_first else 0)
+
+    choices = [
+        (v_first, u_first)
+        for v_first in ((False,) if v is None else (False, True))
+        for u_first in ((False,) if u is None else (False, True))
+    ]
+    return min(choices, key=cost)
+
+
+def _rotate(product: Tensor, u: Tensor | None, v: Tensor | None) -> Tensor:
+    """`V product U^T`, in the cheaper order."""
+    if u is None:
+        return product if v is None else v @ product
+    if v is None:
+        return product @ u.T
+    (out, in_), r_in, r_out = product.shape, u.shape[0], v.shape[0]
+    if r_out * in_ * (out + r_in) <= out * r_in * (in_ + r_out):
+        return (v @ product) @ u.T
+    return v @ (product @ u.T)
 
 
 def _grad_input(g: Tensor, weight: Tensor, rows: Tensor | None, n_tokens: int) -> Tensor:

@@ -1,6 +1,6 @@
 // topk_coo(g^T x, k), without the tokens and the outputs whose g is zero.
 //
-// The product of one layer stays in the L2 cache, where topk_coo finds it. Near a threshold it is
+// A product that stays in the L2 cache is where topk_coo finds it; near a threshold a larger one is
 // not even made: see near.cuh.
 //
 // SASS: HMMA\.16816\.F32\.BF16, HMMA\.1688\.F32\.TF32
@@ -8,9 +8,6 @@
 
 namespace sparsegrad {
 namespace {
-
-constexpr float kSlack = 0.8f;  // SLACK of ops/grad_weight_topk.py
-constexpr int kThreads = 1024;
 
 // g^T x [out, in], nothing of which is empty, as it is to be summed; what it reads must outlive it.
 struct GradWeight {
@@ -65,54 +62,7 @@ std::tuple<Tensor, Tensor> grad_weight_topk(
   check(g, x, k);
   const DeviceGuard on_device(g.get_device_index());
   const NoGrad no_grad;
-  const Tensor product = grad_weight(g, x, tol);
-  std::array<StableIValue, 2> stack{
-      torch::stable::detail::from(product), torch::stable::detail::from(k)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(
-      "sparsegrad_kernels::topk_coo", "", stack.data(), TORCH_ABI_VERSION));
-  return {
-      torch::stable::detail::to<Tensor>(stack[0]), torch::stable::detail::to<Tensor>(stack[1])};
-}
-
-// The threshold for the next call: kSlack times the smallest of n > 0 magnitudes, NaN left out.
-template <class T>
-__global__ void __launch_bounds__(kThreads) carry(
-    const T* __restrict__ values, int64_t n, float* __restrict__ threshold) {
-  __shared__ float smallest[kThreads / 32];
-  float least = INFINITY;
-  for (int64_t e = threadIdx.x; e < n; e += kThreads) {
-    least = fminf(least, fabsf(static_cast<float>(values[e])));  // not NaN, if one is not
-  }
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  for (int step = 16; step > 0; step /= 2) {
-    least = fminf(least, __shfl_xor_sync(~0u, least, step));
-  }
-  if (lane == 0) {
-    smallest[warp] = least;
-  }
-  __syncthreads();
-  if (warp == 0) {
-    least = smallest[lane];
-    for (int step = 16; step > 0; step /= 2) {
-      least = fminf(least, __shfl_xor_sync(~0u, least, step));
-    }
-    if (lane == 0) {
-      *threshold = kSlack * least;
-    }
-  }
-}
-
-void carry_threshold(const Tensor& threshold, const Tensor& values) {
-  if (values.numel() == 0) {
-    return;
-  }
-  dispatch_float(values.scalar_type(), [&](auto t) {
-    using T = typename decltype(t)::type;
-    carry<T><<<1, kThreads, 0, current_stream(values)>>>(
-        static_cast<const T*>(values.const_data_ptr()), values.numel(),
-        static_cast<float*>(threshold.mutable_data_ptr()));
-    check_launch();
-  });
+  return topk_with_shortlist(grad_weight(g, x, tol), k, Shortlist{}, nullptr);
 }
 
 std::tuple<Tensor, Tensor> grad_weight_topk_near(
@@ -124,18 +74,16 @@ std::tuple<Tensor, Tensor> grad_weight_topk_near(
   mark_written(threshold);
   const DeviceGuard on_device(g.get_device_index());
   const NoGrad no_grad;
-  std::tuple<Tensor, Tensor> entries;
-  if (g.size(0) == 0 || k >= g.size(1) * x.size(1)) {
-    entries = grad_weight_topk(g, x, k, tol);
-  } else {
-    const GradWeight gradient(g, x, tol);
-    dispatch_float(g.scalar_type(), [&](auto t) {
-      using T = typename decltype(t)::type;
-      entries = topk_near<T>(g, gradient.product<T>(), k, threshold);
-    });
+  const int64_t n = g.size(1) * x.size(1);
+  if (g.size(0) == 0 || k >= n || is_selected_at_once(g, n, k)) {
+    return topk_with_shortlist(
+        grad_weight(g, x, tol), k, Shortlist{}, static_cast<float*>(threshold.mutable_data_ptr()));
   }
-  carry_threshold(threshold, std::get<1>(entries));
-  return entries;
+  const GradWeight gradient(g, x, tol);
+  return dispatch_float(g.scalar_type(), [&](auto t) {
+    using T = typename decltype(t)::type;
+    return topk_near<T>(g, gradient.product<T>(), k, threshold);
+  });
 }
 
 }  // namespace

@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor> topk_near(
   const Tensor state_memory = empty_on(like, sizeof(ShortlistState), ScalarType::Byte);
   ShortlistState* const state = static_cast<ShortlistState*>(state_memory.mutable_data_ptr());
   int64_t* const linear_data = static_cast<int64_t*>(linear.mutable_data_ptr());
-  const float* const lower = static_cast<const float*>(threshold.const_data_ptr());
+  float* const lower = static_cast<float*>(threshold.mutable_data_ptr());
   const cudaStream_t stream = current_stream(like);
 
   start_shortlist<<<1, 1, 0, stream>>>(lower, state);
@@ -96,7 +96,8 @@ std::tuple<Tensor, Tensor> topk_near(
   return topk_with_shortlist(
       whole, k,
       {state, static_cast<const int64_t*>(sorted_linear.const_data_ptr()),
-       sorted_values.const_data_ptr(), capacity});
+       sorted_values.const_data_ptr(), capacity},
+      lower);
 }
 
 }  // namespace

@@ -20,8 +20,12 @@ struct Shortlist {
   int64_t capacity;
 };
 
-// topk_coo(c, k); c is read only where `whole` is set or there is no list. In topk_coo.cu.
+// topk_coo(c, k); c is read only where `whole` is set or there is no list. A threshold that is not
+// null is nearly that of the k-th largest, and afterwards the next call's. In topk_coo.cu.
 std::tuple<Tensor, Tensor> topk_with_shortlist(
-    const Tensor& c, int64_t k, const Shortlist& shortlist);
+    const Tensor& c, int64_t k, const Shortlist& shortlist, float* threshold);
+
+// Whether selecting from c near a threshold takes one launch, all of it in the L2 cache.
+bool is_selected_at_once(const Tensor& like, int64_t n, int64_t k);
 
 }  // namespace sparsegrad

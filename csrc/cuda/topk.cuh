@@ -8,6 +8,8 @@
 // A shortlist is gone through as if it were a contiguous matrix, of as many entries as it has.
 #pragma once
 
+#include <cuda_fp16.h>
+
 #include "../select.h"
 #include "pack.cuh"
 #include "shortlist.cuh"
@@ -20,7 +22,10 @@ constexpr int kTopkWarps = kTopkThreads / 32;
 constexpr int64_t kMinChunk = 1024;
 constexpr int kMaxChunks = 1 << 14;  // what the last block adds up
 constexpr int64_t kCandidateSlack = 1 << 16;
-constexpr int kMaxSteps = 8;  // from a phase to the next
+// Near a threshold: of normally distributed entries 4 times as many reach 0.8 of it for 1% of them.
+constexpr int64_t kPerEntryNear = 8;
+constexpr int kMaxSteps = 9;  // from a phase to the next
+constexpr float kSlack = 0.8f;  // SLACK of ops/topk_coo.py
 
 using Count = unsigned long long;  // what atomicAdd takes
 
@@ -28,6 +33,7 @@ struct Progress {
   Count prefix;  // the digits known of the k-th largest rank
   Count k;       // the k-th largest is the k-th of those that share them
   Count reserved;
+  int32_t is_near;  // whether what reaches the threshold holds the k largest
   unsigned int finished[kMaxSteps], opened[kMaxSteps];  // by phase
 };
 
@@ -41,9 +47,10 @@ struct Selection {
   Shortlist shortlist;
   int64_t shortlist_chunk_size;
   const int64_t* linear;  // of the shortlist's entries; null: a matrix's, which are their own
+  float* threshold;       // null: none; nearly that of the k-th largest, then the next call's
 
   Progress* progress;
-  Count* counts;               // [digits, kBins]
+  Count* counts;               // [digits + 1, kBins]
   int64_t *places, *n_stored;  // [chunks]; a place of -1: not stored
   int64_t *above, *equal;      // [chunks]: how many are kept at most; then, in the chunks before
   Key* stored_bits;            // [capacity]
@@ -54,6 +61,31 @@ struct Selection {
     return linear <= UINT32_MAX && c.cols <= UINT32_MAX
                ? static_cast<uint32_t>(linear) / static_cast<uint32_t>(c.cols)
                : linear / c.cols;
+  }
+
+  // Key does not tell bfloat16 from float16; its infinity does.
+  __device__ bool is_half() const {
+    return infinity == 0x7c00;
+  }
+  __device__ float magnitude_of(Key rank) const {
+    if constexpr (sizeof(Key) == 2) {
+      return is_half() ? __half2float(__ushort_as_half(rank))
+                       : __uint_as_float(static_cast<uint32_t>(rank) << 16);
+    } else if constexpr (sizeof(Key) == 4) {
+      return __uint_as_float(rank);
+    } else {
+      return static_cast<float>(__longlong_as_double(static_cast<long long>(rank)));
+    }
+  }
+  __device__ Key rank_at_most(float magnitude) const {
+    if constexpr (sizeof(Key) == 2) {
+      return is_half() ? __half_as_ushort(__float2half_rz(magnitude))
+                       : static_cast<Key>(__float_as_uint(magnitude) >> 16);
+    } else if constexpr (sizeof(Key) == 4) {
+      return __float_as_uint(magnitude);
+    } else {
+      return static_cast<Key>(__double_as_longlong(static_cast<double>(magnitude)));
+    }
   }
 };
 

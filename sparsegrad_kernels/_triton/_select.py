@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.grad_weight_topk import SLACK
+from ..ops.topk_coo import SLACK
 from ._common import needs_int64
 from ._radix import (
     BASE,

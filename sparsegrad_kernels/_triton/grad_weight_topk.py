@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops._library import NAMESPACE
-from ..ops.grad_weight_topk import carry_
+from ..ops.topk_coo import carry_
 from ._common import implement, needs_int64
 from ._product import EITHER, LISTED, addressing, listed, precision, product_tile, tile_of
 from ._radix import (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,16 @@ SYNC_FREE_DEVICES: set[str] = set()
 def is_sync_free(tensor: Tensor) -> bool:
     """Whether kernels serve this tensor that leave counts on the device."""
     return tensor.device.type in SYNC_FREE_DEVICES
+
+
+@functools.cache
+def _is_registered(name: str, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
+
+
+def has_kernel(name: str, tensor: Tensor) -> bool:
+    """Whether anything but the reference serves operator `name` for this tensor."""
+    return _is_registered(name, tensor.device.type.upper())
 
 
 def allows_tf32() -> bool:

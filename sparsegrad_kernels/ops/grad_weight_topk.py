@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_k, check_like, check_matrix, check_shape, check_tensor, check_tol
+from ._checks import check_k, check_like, check_matrix, check_tol
 from ._library import define
 from .sparse_dense_mm import sparse_dense_mm
-from .topk_coo import topk_coo
+from .topk_coo import carry_, check_threshold, topk_coo
 
 
 def _reference(g: Tensor, x: Tensor, k: int, tol: float) -> tuple[Tensor, Tensor]:
@@ -25,17 +25,6 @@ _op = define(
     _reference,
     _fake,
 )
-
-# The next threshold as a share of the smallest magnitude kept: the gradient may shrink that much
-# from one step to the next before too few entries reach it.
-SLACK = 0.8
-
-
-def carry_(threshold: Tensor, values: Tensor) -> None:
-    """`threshold [1]` becomes SLACK times the smallest magnitude of `values`, leaving out NaN."""
-    if values.shape[0]:
-        magnitude = values.abs().float()
-        threshold.copy_(SLACK * magnitude.masked_fill(magnitude.isnan(), torch.inf).amin())
 
 
 def _near_reference(
@@ -93,12 +82,5 @@ def grad_weight_topk(
         raise ValueError(f"x must have the {g.shape[0]} tokens of g, got {tuple(x.shape)}")
     if threshold is None:
         return _op(g, x, k, tol)
-    check_tensor("threshold", threshold)
-    if threshold.dtype != torch.float32:
-        raise TypeError(f"threshold must be float32, got {threshold.dtype}")
-    check_shape("threshold", threshold, (1,), "one number")
-    if threshold.device != g.device:
-        raise ValueError(
-            f"threshold must be on the device of g, {g.device}, got {threshold.device}"
-        )
+    check_threshold(threshold, "g", g)
     return _near_op(g, x, k, tol, threshold)

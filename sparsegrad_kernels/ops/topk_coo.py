@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_k, check_matrix
+from ._checks import check_k, check_matrix, check_shape, check_tensor
 from ._library import define
 
 _BITS = {torch.float64: torch.int64, torch.float32: torch.int32}
@@ -60,7 +60,47 @@ def _fake(c: Tensor, k: int) -> tuple[Tensor, Tensor]:
 _op = define("topk_coo(Tensor c, int k) -> (Tensor, Tensor)", _reference, _fake)
 
 
-def topk_coo(c: Tensor, k: int) -> tuple[Tensor, Tensor]:
+# The next threshold as a share of the smallest magnitude kept: the gradient may shrink that much
+# from one step to the next before too few entries reach it.
+SLACK = 0.8
+
+
+def carry_(threshold: Tensor, values: Tensor) -> None:
+    """`threshold [1]` becomes SLACK times the smallest magnitude of `values`, leaving out NaN."""
+    if values.shape[0]:
+        magnitude = values.abs().float()
+        threshold.copy_(SLACK * magnitude.masked_fill(magnitude.isnan(), torch.inf).amin())
+
+
+def _near_reference(c: Tensor, k: int, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    indices, values = _op(c, k)
+    carry_(threshold, values)
+    return indices, values
+
+
+def _near_fake(c: Tensor, k: int, threshold: Tensor) -> tuple[Tensor, Tensor]:
+    return _fake(c, k)
+
+
+_near_op = define(
+    "_topk_coo_near(Tensor c, int k, Tensor(a!) threshold) -> (Tensor, Tensor)",
+    _near_reference,
+    _near_fake,
+)
+
+
+def check_threshold(threshold: Tensor, like_name: str, like: Tensor) -> None:
+    check_tensor("threshold", threshold)
+    if threshold.dtype != torch.float32:
+        raise TypeError(f"threshold must be float32, got {threshold.dtype}")
+    check_shape("threshold", threshold, (1,), "one number")
+    if threshold.device != like.device:
+        raise ValueError(
+            f"threshold must be on the device of {like_name}, {like.device}, got {threshold.device}"
+        )
+
+
+def topk_coo(c: Tensor, k: int, threshold: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The k entries of `c` of largest magnitude, as COO (the paper's top-k, section 5.1).
 
     Exact and deterministic: of equal magnitudes the lowest linear index wins; NaN ranks above
@@ -69,14 +109,21 @@ def topk_coo(c: Tensor, k: int) -> tuple[Tensor, Tensor]:
     Args:
         c: matrix `[m, n]`.
         k: how many entries; all of them if `k >= m * n`.
+        threshold: `[1]` float32 on the device of `c`, updated in place: keep one per weight from
+            step to step, NaN at first. A little below the k-th magnitude (`SLACK` of the last
+            step's), it lets a kernel look at what reaches it only. It never decides what the
+            result is, only how fast.
 
     Returns:
         `indices [2, min(k, m * n)]` int64 in row-major order (a COO tensor made of them is
         coalesced as it stands) and their `values`.
 
     Raises:
-        TypeError, ValueError: `c` is no floating matrix, or `k < 1`.
+        TypeError, ValueError: `c` is no floating matrix, `k < 1`, or a bad `threshold`.
     """
     check_matrix("c", c)
     check_k(k)
-    return _op(c, k)
+    if threshold is None:
+        return _op(c, k)
+    check_threshold(threshold, "c", c)
+    return _near_op(c, k, threshold)
