@@ -4,6 +4,7 @@
 //
 //   Accumulator acc;  multiply(a, b, acc)  adds A tile [kM, kK] times B tile [kK, kN];
 //   for_pairs(acc, f)  calls f(m, n, value, next): the sums at [m, n] and [m, n + 1] of the tile;
+//   kWarpgroups  whether it is multiply_sm90.cuh's, with stages of its own;
 //   kMasked  an axis of which at least 1 / kMasked is kept may be gone through in full; 0: never.
 #pragma once
 
@@ -15,6 +16,7 @@ namespace sparsegrad {
 struct WarpTiles {
   using Sum = float;
   static constexpr int kM = 128, kN = 128, kThreads = 256, kSums = 64;
+  static constexpr bool kWarpgroups = false;
 
   struct Accumulator {
     float at[4][4][4] = {};
@@ -91,6 +93,7 @@ struct FusedMultiplyAdd {
   static constexpr int kGroup = 16 / sizeof(T), kStep = 16 * kGroup;
   static constexpr int kM = 2 * kStep, kN = 2 * kStep, kK = 16, kThreads = 256, kMasked = 0;
   static constexpr int kSums = 4 * kGroup * kGroup;
+  static constexpr bool kWarpgroups = false;
   using LayoutA = TileLayout<T, kM, kK, true>;
   using LayoutB = TileLayout<T, kN, kK, true>;
 

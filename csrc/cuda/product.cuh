@@ -15,69 +15,16 @@
 #include <algorithm>
 
 #include "compacted.cuh"
+#include "axis.cuh"
 #include "multiply_tf32.cuh"
+#include "multiply_sm90.cuh"
 
 namespace sparsegrad {
 
 constexpr int kStages = 4;       // a power of 2
-constexpr int kMinSteps = 8;     // of depth that are worth a block of their own
+template <class M>
+constexpr int kMinSteps = M::kWarpgroups ? 4 : 8;  // of depth that are worth a block of their own
 constexpr int kBlocksPerSm = 2;
-
-template <class T>
-struct Product {
-  Operand<T> a, b;
-  int32_t depth_size;
-  // Kept outer indices of A and kept depths, ascending; null: all.
-  const int32_t* rows = nullptr;
-  const int32_t* depths = nullptr;
-  // Their counts on the device; null: outer_size, depth_size.
-  const int32_t* n_rows = nullptr;
-  const int32_t* n_depths = nullptr;
-  // Where given, and 0 on the device, nothing is done.
-  const int32_t* active = nullptr;
-  // Whether float32 is multiplied as tf32: see allows_tf32.
-  bool tf32 = false;
-};
-
-// Whether the ascending list [n] holds the index.
-__device__ inline bool is_listed(const int32_t* list, int32_t n, int32_t index) {
-  int32_t low = 0, high = n;
-  while (low < high) {
-    const int32_t middle = low + (high - low) / 2;
-    if (list[middle] < index) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
-  }
-  return low < n && list[low] == index;
-}
-
-// An axis of which some indices are kept. Where vectors could be read along it but for a few that
-// are left out, it is gone through in full, and those are masked: to the tensor cores the products
-// are cheap, and single elements are dear to gather, those of 16 bits most.
-struct Axis {
-  const int32_t* list;
-  int32_t size, n_kept;
-  bool all, masked;  // at most one of them
-
-  // It is masked where at least 1 / max_masked of it is kept; 0: never.
-  __device__ Axis(const int32_t* list, const int32_t* n_kept, int32_t size, int max_masked)
-      : list(list), size(size), n_kept(n_kept == nullptr ? size : *n_kept) {
-    all = list == nullptr || this->n_kept == size;
-    masked = max_masked > 0 && !all && this->n_kept >= size / max_masked;
-  }
-  // Positions on the axis, and the index at one of them.
-  __device__ int32_t n_positions() const {
-    return masked ? size : n_kept;
-  }
-  __device__ int32_t at(int32_t position) const {
-    return list == nullptr || masked ? position : list[position];
-  }
-  __device__ bool is_left_out(int32_t position) const {
-    return masked && !is_listed(list, n_kept, position);
-  }
-};
 
 // For depths that several blocks share: a tile of sums per block, and per tile the blocks done.
 template <class Sum>
@@ -88,6 +35,7 @@ struct Workspace {
 
 // The sums of the depths [begin, end) of a tile.
 template <class M>
+  requires(!M::kWarpgroups)
 __device__ __forceinline__ void accumulate(
     const Product<typename M::Element>& p, const int32_t* a_outer, const int32_t* b_outer,
     int32_t begin, int32_t end, const Axis& rows, const Axis& depths,
@@ -183,9 +131,9 @@ __device__ __forceinline__ bool add_splits(
 }
 
 template <class M, class Epilogue>
-__global__ void __launch_bounds__(M::kThreads, kBlocksPerSm) product_kernel(
-    const Product<typename M::Element> p, const Workspace<typename M::Sum> workspace,
-    const Epilogue epilogue) {
+__device__ __forceinline__ void multiply_tiles(
+    const Product<typename M::Element>& p, const Workspace<typename M::Sum>& workspace,
+    const Epilogue& epilogue) {
   __shared__ int32_t a_outer[M::kM], b_outer[M::kN];
   if (p.active != nullptr && *p.active == 0) {
     return;
@@ -193,9 +141,9 @@ __global__ void __launch_bounds__(M::kThreads, kBlocksPerSm) product_kernel(
   const Axis rows(
       p.rows, p.n_rows, p.a.outer_size,
       M::LayoutA::kOuterContiguous && p.a.outer_vectors ? M::kMasked : 0);
-  const Axis depths(
-      p.depths, p.n_depths, p.depth_size,
-      !M::LayoutA::kOuterContiguous && p.a.depth_vectors ? M::kMasked : 0);
+  const bool along_depths = (!M::LayoutA::kOuterContiguous && p.a.depth_vectors) ||
+                            (!M::LayoutB::kOuterContiguous && M::kWarpgroups);
+  const Axis depths(p.depths, p.n_depths, p.depth_size, along_depths ? M::kMasked : 0);
   const int32_t n_rows = rows.n_positions(), n_depths = depths.n_positions();
   const int32_t n_cols = p.b.outer_size;
   epilogue.before(rows.n_kept);
@@ -207,7 +155,7 @@ __global__ void __launch_bounds__(M::kThreads, kBlocksPerSm) product_kernel(
   int32_t splits = 1;
   const int32_t blocks = gridDim.x;
   if (workspace.sums != nullptr && 0 < tiles && tiles <= blocks / 2) {
-    splits = max(1, min(blocks / tiles, steps / kMinSteps));
+    splits = max(1, min(blocks / tiles, steps / kMinSteps<M>));
   }
   const int32_t depth_per_split = (steps + splits - 1) / splits * M::kK;
   const int32_t items = tiles * splits;
@@ -250,6 +198,36 @@ __global__ void __launch_bounds__(M::kThreads, kBlocksPerSm) product_kernel(
   }
 }
 
+template <class M, class Epilogue>
+__global__ void __launch_bounds__(M::kThreads, kBlocksPerSm) product_kernel(
+    const Product<typename M::Element> p, const Workspace<typename M::Sum> workspace,
+    const Epilogue epilogue) {
+#ifndef __CUDA_ARCH_FEAT_SM90_ALL
+  if constexpr (!M::kWarpgroups)
+#endif
+  {
+    multiply_tiles<M>(p, workspace, epilogue);
+  }
+}
+
+// Whether the machine code of a kernel that the current device runs is more than an empty body:
+// only then does it declare shared memory.
+template <class Kernel>
+bool has_code(Kernel kernel) {
+  cudaFuncAttributes attributes;
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.sharedSizeBytes > 0;
+}
+
+// Whether Warpgroups can read an operand: vectors along its layout's contiguous axis, and steps
+// along the other that a 32-bit multiplication makes. Consecutive depths cannot be of a list only.
+template <bool kOuterContiguous, class T>
+bool suits_warpgroups(const Operand<T>& x, bool both_gather) {
+  return kOuterContiguous
+             ? x.outer_vectors && x.depth_stride * int64_t{sizeof(T)} < int64_t{1} << 31
+             : x.depth_vectors && both_gather;
+}
+
 // The operand of which axis `outer` of the matrix t is the outer one.
 template <class T>
 Operand<T> operand(const Tensor& t, int outer, bool gather_depth) {
@@ -267,13 +245,23 @@ Operand<T> operand(const Tensor& t, int outer, bool gather_depth) {
       aligned && depth_stride == 1 && outer_stride % kVector == 0};
 }
 
+// Shared memory that a launch asks for.
+template <class M>
+constexpr int bytes_of_stages() {
+  if constexpr (M::kWarpgroups) {
+    return M::kBytes;
+  } else {
+    return kStages * (M::LayoutA::kSize + M::LayoutB::kSize) * sizeof(typename M::Element);
+  }
+}
+
 // `like`: a tensor on the device. Nothing of the product may be empty.
 template <class M, class Epilogue>
 void launch_product(
     const Tensor& like, const Product<typename M::Element>& p, const Epilogue& epilogue) {
   using Sum = typename M::Sum;
   const int64_t tiles = num_blocks(p.a.outer_size, M::kM) * num_blocks(p.b.outer_size, M::kN);
-  const int64_t max_splits = std::max<int64_t>(1, num_blocks(p.depth_size, M::kK) / kMinSteps);
+  const int64_t max_splits = std::max<int64_t>(1, num_blocks(p.depth_size, M::kK) / kMinSteps<M>);
   const int64_t blocks = std::min<int64_t>(
       tiles * max_splits, int64_t{kBlocksPerSm} * multiprocessors(like));
 
@@ -286,8 +274,7 @@ void launch_product(
     workspace.sums = static_cast<Sum*>(sums.mutable_data_ptr());
     workspace.done = static_cast<int32_t*>(done.mutable_data_ptr());
   }
-  constexpr int kBytes =
-      kStages * (M::LayoutA::kSize + M::LayoutB::kSize) * sizeof(typename M::Element);
+  constexpr int kBytes = bytes_of_stages<M>();
   const auto kernel = product_kernel<M, Epilogue>;
   check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes));
   kernel<<<blocks, M::kThreads, kBytes, current_stream(like)>>>(p, workspace, epilogue);
@@ -298,6 +285,13 @@ void launch_product(
 template <bool kAOuterContiguous, bool kBOuterContiguous, class T, class Epilogue>
 void launch_product_as(const Tensor& like, const Product<T>& p, const Epilogue& epilogue) {
   if constexpr (sizeof(T) == 2) {
+    using Hopper = Warpgroups<T, kAOuterContiguous, kBOuterContiguous>;
+    const bool both_gather = p.a.gather_depth && p.b.gather_depth;
+    if (suits_warpgroups<kAOuterContiguous>(p.a, both_gather) &&
+        suits_warpgroups<kBOuterContiguous>(p.b, both_gather) &&
+        has_code(product_kernel<Hopper, Epilogue>)) {
+      return launch_product<Hopper>(like, p, epilogue);
+    }
     return launch_product<TensorCore<T, kAOuterContiguous, kBOuterContiguous>>(like, p, epilogue);
   } else {
     if constexpr (std::is_same_v<T, float>) {
