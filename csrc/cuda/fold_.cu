@@ -9,6 +9,7 @@
 // the device only: the way is chosen by what they are at most.
 //
 // SASS: HMMA\.16816\.F32\.BF16, HMMA\.1688\.F32\.TF32
+// SASS sm_90a: HGMMA\.64x128x16\.F32\.BF16
 #include "product.cuh"
 #include "round.cuh"
 #include "sparse_factor.cuh"

@@ -13,12 +13,6 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// Copy the first `valid` of 16 bytes from global to shared memory; the others become 0.
-__device__ __forceinline__ void copy_vector_async(uint32_t to, const void* from, int valid) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(valid)
-               : "memory");
-}
-
 // Copy the first `valid` of kBytes from global to shared memory; the others become 0.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(void* to, const void* from, int valid) {
@@ -29,7 +23,9 @@ __device__ __forceinline__ void copy_async(void* to, const void* from, int valid
     }
     *static_cast<uint16_t*>(to) = value;
   } else if constexpr (kBytes == 16) {
-    copy_vector_async(shared_address(to), from, valid);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(valid)
+                 : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(to)),
                  "l"(from), "n"(kBytes), "r"(valid)

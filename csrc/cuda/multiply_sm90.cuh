@@ -37,14 +37,12 @@ struct Warpgroups {
     }
   };
 
-  // Starts what a stage adds. Each warpgroup's 64 rows of A are half of its tile in either layout.
+  // Starts what a stage adds: `a` is where the warpgroup's rows are, half of the tile.
   static __device__ __forceinline__ void multiply(uint32_t a, uint32_t b, Accumulator& acc) {
-    constexpr int kBlock = kTileBytes / 2;
     constexpr int kStepA = kAOuterContiguous ? 16 * kSwizzledRow : 16 * sizeof(T);
     constexpr int kStepB = kBOuterContiguous ? 16 * kSwizzledRow : 16 * sizeof(T);
-    const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);  // known to be uniform
-    const uint64_t left = matrix_descriptor(a + warpgroup * kBlock, kBlock);
-    const uint64_t right = matrix_descriptor(b, kBlock);
+    const uint64_t left = matrix_descriptor(a, kTileBytes / 2);
+    const uint64_t right = matrix_descriptor(b, kTileBytes / 2);
 #pragma unroll
     for (int k = 0; k < kK / 16; ++k) {
       wgmma<T, kAOuterContiguous, kBOuterContiguous>(
@@ -67,46 +65,72 @@ struct Warpgroups {
 };
 
 // A thread's four vectors of each stage of an operand's tile [128 outer, 64 depths], to the same
-// places in each. Outer indices beyond the last get anything: their sums are never looked at.
+// places in each. Outer indices beyond the last get anything: their sums are never looked at. As
+// vectors end where axes end, each is copied whole, or is 0.
+//
+// A stage's depths are in shared memory in such an order that a thread finds its four at once.
 template <class T, bool kOuterContiguous>
 struct StageCopy;
+
+constexpr int kDepthStep = 16;
+
+__device__ __forceinline__ int place_of_depth(int depth) {
+  return depth % kDepthStep * 4 + depth / kDepthStep;
+}
+
+// The stage's first position along the depth, how many there are from there on, and of the thread's
+// four depths their indices, -1 where one is left out.
+struct StageDepths {
+  int32_t position, left;
+  int32_t ids[4];
+
+  __device__ __forceinline__ StageDepths(
+      const int32_t* places, int32_t position, int32_t end)
+      : position(position), left(end - position) {
+    const int4 four = reinterpret_cast<const int4*>(places)[threadIdx.x / 16];
+    ids[0] = four.x;
+    ids[1] = four.y;
+    ids[2] = four.z;
+    ids[3] = four.w;
+  }
+};
 
 // Eight threads to a row of 64 depths, which are consecutive.
 template <class T>
 struct StageCopy<T, false> {
   static constexpr int kRows = 4, kRowStep = 32, kStep = kRowStep * kSwizzledRow;
-  const T* from[kRows];
+  const unsigned char* from;
+  uint32_t rows[kRows];  // vectors from there
   int depth, to;
 
   __device__ __forceinline__ StageCopy(const Operand<T>& x, const int32_t* outer, int32_t begin) {
     const int row = threadIdx.x / 8, vector = threadIdx.x % 8;
     depth = vector * 8;
+    from = reinterpret_cast<const unsigned char*>(x.data + begin + depth);
     to = swizzled(row, vector);
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      from[i] = x.data + max(outer[row + i * kRowStep], 0) * x.outer_stride + begin + depth;
+      rows[i] = static_cast<uint32_t>(max(outer[row + i * kRowStep], 0) * (x.outer_stride / 8));
     }
   }
 
-  // `left`: how many depths there are from the stage's first.
-  __device__ __forceinline__ void operator()(
-      uint32_t stage, const int32_t*, int32_t, int32_t left) {
-    const int valid = min(max(left - depth, 0), 8) * static_cast<int>(sizeof(T));
+  __device__ __forceinline__ void operator()(uint32_t stage, const StageDepths& depths) {
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
-      copy_vector_async(stage + to + i * kStep, from[i], valid);
-      from[i] += 64;
+      copy_vector_async(stage + to + i * kStep, at(from, rows[i], 16), depth < depths.left);
     }
+    from += kSwizzledRow;
   }
 
   // Zeros for depths that are left out: 0 times what is there may be NaN. Of this thread's vectors,
   // which have arrived.
-  __device__ __forceinline__ void clear(unsigned char* stage, const int32_t* depth_ids) const {
+  __device__ __forceinline__ void clear(unsigned char* stage, const int32_t* places) const {
     uint32_t kept[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const int32_t* ids = depth_ids + depth + 2 * i;
-      kept[i] = (ids[0] < 0 ? 0 : 0x0000ffff) | (ids[1] < 0 ? 0 : 0xffff0000);
+      const int32_t first = places[place_of_depth(depth + 2 * i)];
+      const int32_t second = places[place_of_depth(depth + 2 * i + 1)];
+      kept[i] = (first < 0 ? 0 : 0x0000ffff) | (second < 0 ? 0 : 0xffff0000);
     }
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {
@@ -120,31 +144,30 @@ struct StageCopy<T, false> {
 // Sixteen threads to a depth of 128 consecutive outer indices.
 template <class T>
 struct StageCopy<T, true> {
-  static constexpr int kRows = 4, kRowStep = 16, kStep = kRowStep * kSwizzledRow;
+  static constexpr int kStep = kDepthStep * kSwizzledRow;
   const unsigned char* from;
-  int32_t stride;  // bytes
-  int row, to, valid;
-  bool gather_depth;
+  uint32_t stride;  // bytes
+  int row, to;
+  bool taken, gather_depth;
 
   __device__ __forceinline__ StageCopy(const Operand<T>& x, const int32_t* outer, int32_t)
-      : stride(static_cast<int32_t>(x.depth_stride * sizeof(T))),
+      : stride(static_cast<uint32_t>(x.depth_stride * sizeof(T))),
         row(threadIdx.x / 16),
         gather_depth(x.gather_depth) {
     const int vector = threadIdx.x % 16;
     const int32_t first = outer[0] + vector * 8;
     from = reinterpret_cast<const unsigned char*>(x.data + first);
     to = vector / 8 * 64 * kSwizzledRow + swizzled(row, vector % 8);
-    valid = min(max(x.outer_size - first, 0), 8) * static_cast<int>(sizeof(T));
+    taken = first < x.outer_size;
   }
 
-  // `position`: that of the stage's first depth.
-  __device__ __forceinline__ void operator()(
-      uint32_t stage, const int32_t* depth_ids, int32_t position, int32_t) {
+  __device__ __forceinline__ void operator()(uint32_t stage, const StageDepths& depths) {
 #pragma unroll
-    for (int i = 0; i < kRows; ++i) {
-      const int32_t id = depth_ids[row + i * kRowStep];
-      const int32_t index = gather_depth ? id : position + row + i * kRowStep;
-      copy_vector_async(stage + to + i * kStep, from + int64_t{index} * stride, id < 0 ? 0 : valid);
+    for (int i = 0; i < 4; ++i) {
+      const int32_t id = depths.ids[i];
+      const int32_t index = gather_depth ? id : depths.position + row + i * kDepthStep;
+      copy_vector_async(
+          stage + to + i * kStep, at(from, index, stride), taken && 0 <= id);
     }
   }
 };
@@ -160,19 +183,20 @@ __device__ __forceinline__ void accumulate(
   using T = typename M::Element;
   constexpr int kIds = 4;  // stages whose depths are known: a power of 2, more than kDepths
   extern __shared__ unsigned char stage_memory[];
-  __shared__ int32_t depth_ids[kIds][M::kK];
+  __shared__ alignas(16) int32_t places[kIds][M::kK];
   const int thread = threadIdx.x;
   const uint32_t memory = shared_address(stage_memory);
   const uint32_t a_tiles = (memory + kSwizzledAtom - 1) / kSwizzledAtom * kSwizzledAtom;
   const uint32_t b_tiles = a_tiles + M::kDepths * M::kTileBytes;
+  const int warpgroup = __shfl_sync(~0u, thread / 128, 0);  // known to be uniform
 
   const auto depth_id = [&](int32_t k) {
     return k >= end || depths.is_left_out(k) ? -1 : depths.at(k);
   };
   for (int i = thread; i < M::kDepths * M::kK; i += M::kThreads) {
-    depth_ids[i / M::kK][i % M::kK] = depth_id(begin + i);
+    places[i / M::kK][place_of_depth(i % M::kK)] = depth_id(begin + i);
   }
-  // What this thread puts into depth_ids, a step before it is needed.
+  // What this thread puts into places, a step before it is needed.
   int32_t next_id = -1;
   if (thread < M::kK) {
     next_id = depth_id(begin + M::kDepths * M::kK + thread);
@@ -184,10 +208,9 @@ __device__ __forceinline__ void accumulate(
   const int steps = (end - begin + M::kK - 1) / M::kK;
   const auto load = [&](int step, int slot) {
     if (step < steps) {
-      const int32_t* ids = depth_ids[step % kIds];
-      const int32_t position = begin + step * M::kK;
-      copy_a(a_tiles + slot * M::kTileBytes, ids, position, end - position);
-      copy_b(b_tiles + slot * M::kTileBytes, ids, position, end - position);
+      const StageDepths stage(places[step % kIds], begin + step * M::kK, end);
+      copy_a(a_tiles + slot * M::kTileBytes, stage);
+      copy_b(b_tiles + slot * M::kTileBytes, stage);
     }
     copies_commit();
   };
@@ -201,19 +224,20 @@ __device__ __forceinline__ void accumulate(
     if constexpr (!M::LayoutB::kOuterContiguous) {
       if (depths.masked) {
         copy_b.clear(
-            stage_memory + (b_tiles - memory) + slot * M::kTileBytes, depth_ids[step % kIds]);
+            stage_memory + (b_tiles - memory) + slot * M::kTileBytes, places[step % kIds]);
       }
     }
     fence_for_wgmma();
     __syncthreads();  // the stage has arrived, for all threads
     wgmma_begin();
-    M::multiply(a_tiles + slot * M::kTileBytes, b_tiles + slot * M::kTileBytes, acc);
+    M::multiply(
+        a_tiles + slot * M::kTileBytes + warpgroup * (M::kTileBytes / 2), b_tiles + slot * M::kTileBytes, acc);
     wgmma_commit();
     wgmma_wait<1>();
     __syncthreads();  // the stage before has been read, by both warpgroups
     load(step + 2, free_slot);
     if (thread < M::kK) {
-      depth_ids[(step + 3) % kIds][thread] = next_id;
+      places[(step + 3) % kIds][place_of_depth(thread)] = next_id;
       next_id = depth_id(begin + (step + 4) * M::kK + thread);
     }
     free_slot = slot;

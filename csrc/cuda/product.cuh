@@ -219,13 +219,18 @@ bool has_code(Kernel kernel) {
   return attributes.sharedSizeBytes > 0;
 }
 
-// Whether Warpgroups can read an operand: vectors along its layout's contiguous axis, and steps
-// along the other that a 32-bit multiplication makes. Consecutive depths cannot be of a list only.
+// Whether Warpgroups can read the operand: in whole vectors along its layout's contiguous axis, and
+// across it in steps that 32 bits hold. Positions on an axis of consecutive depths are those of all
+// depths: neither operand may have the kept ones alone.
 template <bool kOuterContiguous, class T>
-bool suits_warpgroups(const Operand<T>& x, bool both_gather) {
-  return kOuterContiguous
-             ? x.outer_vectors && x.depth_stride * int64_t{sizeof(T)} < int64_t{1} << 31
-             : x.depth_vectors && both_gather;
+bool suits_warpgroups(const Operand<T>& x, const Product<T>& p) {
+  constexpr int kVector = 16 / sizeof(T);
+  if constexpr (kOuterContiguous) {
+    return x.outer_vectors && x.outer_size % kVector == 0 &&
+           x.depth_stride * int64_t{sizeof(T)} >> 32 == 0;
+  }
+  return x.depth_vectors && p.depth_size % kVector == 0 && p.a.gather_depth &&
+         p.b.gather_depth && x.outer_size * x.outer_stride / kVector >> 32 == 0;
 }
 
 // The operand of which axis `outer` of the matrix t is the outer one.
@@ -286,9 +291,8 @@ template <bool kAOuterContiguous, bool kBOuterContiguous, class T, class Epilogu
 void launch_product_as(const Tensor& like, const Product<T>& p, const Epilogue& epilogue) {
   if constexpr (sizeof(T) == 2) {
     using Hopper = Warpgroups<T, kAOuterContiguous, kBOuterContiguous>;
-    const bool both_gather = p.a.gather_depth && p.b.gather_depth;
-    if (suits_warpgroups<kAOuterContiguous>(p.a, both_gather) &&
-        suits_warpgroups<kBOuterContiguous>(p.b, both_gather) &&
+    if (suits_warpgroups<kAOuterContiguous>(p.a, p) &&
+        suits_warpgroups<kBOuterContiguous>(p.b, p) &&
         has_code(product_kernel<Hopper, Epilogue>)) {
       return launch_product<Hopper>(like, p, epilogue);
     }

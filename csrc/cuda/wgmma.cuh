@@ -28,6 +28,21 @@ __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int lead
          (address & 0x3ffff) / 16;
 }
 
+// Copy 16 bytes from global to shared memory, or as many zeros, and then `from` may be any address.
+__device__ __forceinline__ void copy_vector_async(uint32_t to, const void* from, bool taken) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+               "r"(taken ? 16 : 0)
+               : "memory");
+}
+
+// from + index * stride in bytes, by one instruction: a compiler would multiply 64 bits.
+__device__ __forceinline__ const unsigned char* at(
+    const unsigned char* from, uint32_t index, uint32_t stride) {
+  const unsigned char* to;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(to) : "r"(index), "r"(stride), "l"(from));
+  return to;
+}
+
 // What this thread wrote to shared memory is seen by the wgmma that follow a barrier.
 __device__ __forceinline__ void fence_for_wgmma() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -57,8 +72,8 @@ __device__ __forceinline__ void pin(float (&sums)[kSize]) {
   }
 }
 
-// c [64, 128] += a [64, 16] b [16, 128], accumulated in float32: the group of the four sums 4 j + i
-// of lane l of warp w is at row 16 w + l / 4 + i / 2 * 8, column 8 j + l % 4 * 2 + i % 2.
+// c [64, 128] += a [64, 16] b [16, 128], accumulated in float32. Of lane l of warp w sum 4 j + i is
+// at row 16 w + l / 4 + i / 2 * 8, column 8 j + l % 4 * 2 + i % 2.
 #define SPARSEGRAD_8_SUMS(i)                                                              \
   "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), \
       "+f"(c[i + 6]), "+f"(c[i + 7])
