@@ -30,6 +30,9 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6
 # [tokens, out_features, in_features]: one block and less; many blocks, none of them full.
 SIZES = {"small": (37, 21, 19), "large": (515, 1037, 390)}
 sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
+# And of which vectors of 16 bytes can be read.
+PRODUCT_SIZES = {**SIZES, "small_aligned": (40, 24, 16), "large_aligned": (520, 1040, 392)}
+product_sizes = pytest.mark.parametrize("size", PRODUCT_SIZES.values(), ids=PRODUCT_SIZES)
 HYPER = (2**-7, 0.9, 0.99, 1e-6)  # lr as a float32 is exact
 ADAM = (3, *HYPER)
 # With both factors of a product rounded to the 11 bits of tf32, 2^-10: in tolerances of float32.
@@ -216,7 +219,7 @@ def test_detection_and_selection_of_what_is_special(size, dtype, generator):
 
 
 @dtypes
-@sizes
+@product_sizes
 def test_products(size, dtype, generator):
     tokens, n_out, n_in = size
     a = sparse_matrix(tokens, n_out, dtype, generator)
@@ -328,7 +331,7 @@ def test_gradient_of_the_product_small(generator):
 
 
 @dtypes
-@sizes
+@product_sizes
 def test_grad_weight_topk_where_sums_are_exact(size, dtype, generator):
     """Small integers: every type holds their products' sums, so that ties are ties."""
     tokens, n_out, n_in = min(size[0], 200), *size[1:]
@@ -367,12 +370,48 @@ def check_grad_weight_topk(g: Tensor, x: Tensor, k: int, factor: float = 1) -> T
 
 
 @dtypes
-@sizes
+@product_sizes
 def test_grad_weight_topk(size, dtype, generator):
     tokens, n_out, n_in = size
     g = sparse_matrix(tokens, n_out, dtype, generator)
     x = torch.randn(tokens, n_in, generator=generator).to(dtype)
     check_grad_weight_topk(g, x, n_out * n_in // 100 + 1)
+
+
+ALIGNED_SIZES = {
+    "small": (40, 24, 16),
+    "small_odd": (37, 24, 16),  # tokens
+    "tiles": (300, 256, 128),
+    "deep": (4104, 136, 24),
+    "wide": (43, 4104, 24),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("size", ALIGNED_SIZES.values(), ids=ALIGNED_SIZES)
+@pytest.mark.parametrize("kept", ["none", "one", "few", "most", "all"])
+def test_products_of_kept_rows_and_columns(kept, size, dtype, generator):
+    """In all layouts, with NaN wherever what is left out of one factor meets the other."""
+    tokens, n_out, n_in = size
+    share = {"none": 0, "one": 0, "few": 0.05, "most": 0.6, "all": 1}[kept]
+    rows, cols = (torch.rand(n, generator=generator) < share for n in (tokens, n_out))
+    if kept == "one":
+        rows[tokens // 2] = cols[n_out // 3] = True
+    g = torch.randn(tokens, n_out, generator=generator).abs() + 0.1
+    g = (g * rows[:, None] * cols).to(dtype)
+    b, x = (torch.randn(n, n_in, generator=generator).to(dtype) for n in (n_out, tokens))
+    rows, cols = (~(g == 0)).any(1), (~(g == 0)).any(0)
+    b[~cols], x[~rows] = torch.nan, torch.nan
+    for op, left, right in (("sparse_dense_mm", g, b), ("grad_weight_topk", g.T, x)):
+        factors = left.double(), right.double().nan_to_num()
+        oracle, scale = factors[0] @ factors[1], factors[0].abs() @ factors[1].abs()
+        arguments = (oracle.numel(),) if op == "grad_weight_topk" else ()
+        for one in ("contiguous", "transposed"):
+            for other in ("contiguous", "transposed"):
+                views = strided_views(put(g))[one], strided_views(put(right))[other]
+                got, again = (listed(getattr(ops, op)(*views, *arguments)) for _ in range(2))
+                assert_bits(again[-1], got[-1])
+                assert_close(got[-1].reshape(oracle.shape), oracle, scale)
 
 
 @dtypes
@@ -401,7 +440,7 @@ def test_sparse_adam(size, dtype, step, generator):
 
 
 @dtypes
-@sizes
+@product_sizes
 @pytest.mark.parametrize("sides", ["both", "in", "out", "none"])
 def test_fold(size, dtype, sides, generator):
     weight, *bases, indices, values = fold_arguments(size, dtype, generator)

@@ -18,9 +18,9 @@ struct Warpgroups {
   using Sum = float;
   static constexpr int kM = 128, kN = 128, kK = 64, kThreads = 256, kSums = 64;
   static constexpr int kMasked = std::numeric_limits<int32_t>::max();
-  static constexpr int kDepths = 3;  // stages of the pipeline
+  static constexpr int kRooms = 3;  // for stages
   static constexpr int kTileBytes = kM * kK * sizeof(T);
-  static constexpr int kBytes = 2 * kDepths * kTileBytes + kSwizzledAtom;  // one to align them
+  static constexpr int kBytes = 2 * kRooms * kTileBytes + kSwizzledAtom;  // one to align them
   static constexpr bool kWarpgroups = true;
 
   template <bool kOuterContiguous_>
@@ -65,8 +65,8 @@ struct Warpgroups {
 };
 
 // A thread's four vectors of each stage of an operand's tile [128 outer, 64 depths], to the same
-// places in each. Outer indices beyond the last get anything: their sums are never looked at. As
-// vectors end where axes end, each is copied whole, or is 0.
+// places in each. Of outer indices beyond the last it does not matter what is copied: their sums are
+// never looked at. As vectors end where axes end, each is copied whole, or is 0.
 //
 // A stage's depths are in shared memory in such an order that a thread finds its four at once.
 template <class T, bool kOuterContiguous>
@@ -84,8 +84,7 @@ struct StageDepths {
   int32_t position, left;
   int32_t ids[4];
 
-  __device__ __forceinline__ StageDepths(
-      const int32_t* places, int32_t position, int32_t end)
+  __device__ __forceinline__ StageDepths(const int32_t* places, int32_t position, int32_t end)
       : position(position), left(end - position) {
     const int4 four = reinterpret_cast<const int4*>(places)[threadIdx.x / 16];
     ids[0] = four.x;
@@ -166,40 +165,42 @@ struct StageCopy<T, true> {
     for (int i = 0; i < 4; ++i) {
       const int32_t id = depths.ids[i];
       const int32_t index = gather_depth ? id : depths.position + row + i * kDepthStep;
-      copy_vector_async(
-          stage + to + i * kStep, at(from, index, stride), taken && 0 <= id);
+      copy_vector_async(stage + to + i * kStep, at(from, index, stride), taken && 0 <= id);
     }
   }
 };
 
 // The sums of the depths [begin, end) of a tile.
 //
-// While a stage is multiplied, the one before is waited for, and its room filled anew.
+// While a stage is multiplied, the one before is waited for, and its room filled with the next but
+// one. Two barriers: before a stage is read all threads' copies of it have arrived, and before room
+// is written both warpgroups have read it.
 template <class M>
   requires M::kWarpgroups
 __device__ __forceinline__ void accumulate(
     const Product<typename M::Element>& p, const int32_t* a_outer, const int32_t* b_outer,
     int32_t begin, int32_t end, const Axis&, const Axis& depths, typename M::Accumulator& acc) {
   using T = typename M::Element;
-  constexpr int kIds = 4;  // stages whose depths are known: a power of 2, more than kDepths
+  constexpr int kPlaces = 4;  // stages whose depths are known: a power of 2, more than kRooms
   extern __shared__ unsigned char stage_memory[];
-  __shared__ alignas(16) int32_t places[kIds][M::kK];
+  __shared__ alignas(16) int32_t places[kPlaces][M::kK];
   const int thread = threadIdx.x;
   const uint32_t memory = shared_address(stage_memory);
   const uint32_t a_tiles = (memory + kSwizzledAtom - 1) / kSwizzledAtom * kSwizzledAtom;
-  const uint32_t b_tiles = a_tiles + M::kDepths * M::kTileBytes;
-  const int warpgroup = __shfl_sync(~0u, thread / 128, 0);  // known to be uniform
+  const uint32_t b_tiles = a_tiles + M::kRooms * M::kTileBytes;
+  const uint32_t my_a_tiles =
+      a_tiles + __shfl_sync(~0u, thread / 128, 0) * (M::kTileBytes / 2);  // known to be uniform
 
   const auto depth_id = [&](int32_t k) {
     return k >= end || depths.is_left_out(k) ? -1 : depths.at(k);
   };
-  for (int i = thread; i < M::kDepths * M::kK; i += M::kThreads) {
+  for (int i = thread; i < M::kRooms * M::kK; i += M::kThreads) {
     places[i / M::kK][place_of_depth(i % M::kK)] = depth_id(begin + i);
   }
   // What this thread puts into places, a step before it is needed.
   int32_t next_id = -1;
   if (thread < M::kK) {
-    next_id = depth_id(begin + M::kDepths * M::kK + thread);
+    next_id = depth_id(begin + M::kRooms * M::kK + thread);
   }
   __syncthreads();
 
@@ -208,7 +209,7 @@ __device__ __forceinline__ void accumulate(
   const int steps = (end - begin + M::kK - 1) / M::kK;
   const auto load = [&](int step, int slot) {
     if (step < steps) {
-      const StageDepths stage(places[step % kIds], begin + step * M::kK, end);
+      const StageDepths stage(places[step % kPlaces], begin + step * M::kK, end);
       copy_a(a_tiles + slot * M::kTileBytes, stage);
       copy_b(b_tiles + slot * M::kTileBytes, stage);
     }
@@ -224,24 +225,23 @@ __device__ __forceinline__ void accumulate(
     if constexpr (!M::LayoutB::kOuterContiguous) {
       if (depths.masked) {
         copy_b.clear(
-            stage_memory + (b_tiles - memory) + slot * M::kTileBytes, places[step % kIds]);
+            stage_memory + (b_tiles - memory) + slot * M::kTileBytes, places[step % kPlaces]);
       }
     }
     fence_for_wgmma();
     __syncthreads();  // the stage has arrived, for all threads
     wgmma_begin();
-    M::multiply(
-        a_tiles + slot * M::kTileBytes + warpgroup * (M::kTileBytes / 2), b_tiles + slot * M::kTileBytes, acc);
+    M::multiply(my_a_tiles + slot * M::kTileBytes, b_tiles + slot * M::kTileBytes, acc);
     wgmma_commit();
     wgmma_wait<1>();
     __syncthreads();  // the stage before has been read, by both warpgroups
     load(step + 2, free_slot);
     if (thread < M::kK) {
-      places[(step + 3) % kIds][place_of_depth(thread)] = next_id;
+      places[(step + 3) % kPlaces][place_of_depth(thread)] = next_id;
       next_id = depth_id(begin + (step + 4) * M::kK + thread);
     }
     free_slot = slot;
-    slot = slot == M::kDepths - 1 ? 0 : slot + 1;
+    slot = slot == M::kRooms - 1 ? 0 : slot + 1;
   }
   copies_wait<0>();
   wgmma_wait<0>();

@@ -229,8 +229,8 @@ bool suits_warpgroups(const Operand<T>& x, const Product<T>& p) {
     return x.outer_vectors && x.outer_size % kVector == 0 &&
            x.depth_stride * int64_t{sizeof(T)} >> 32 == 0;
   }
-  return x.depth_vectors && p.depth_size % kVector == 0 && p.a.gather_depth &&
-         p.b.gather_depth && x.outer_size * x.outer_stride / kVector >> 32 == 0;
+  return x.depth_vectors && p.depth_size % kVector == 0 && p.a.gather_depth && p.b.gather_depth &&
+         x.outer_size * x.outer_stride / kVector >> 32 == 0;
 }
 
 // The operand of which axis `outer` of the matrix t is the outer one.
