@@ -13,6 +13,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 
 #include "compacted.cuh"
 #include "axis.cuh"
@@ -291,7 +292,8 @@ template <bool kAOuterContiguous, bool kBOuterContiguous, class T, class Epilogu
 void launch_product_as(const Tensor& like, const Product<T>& p, const Epilogue& epilogue) {
   if constexpr (sizeof(T) == 2) {
     using Hopper = Warpgroups<T, kAOuterContiguous, kBOuterContiguous>;
-    if (suits_warpgroups<kAOuterContiguous>(p.a, p) &&
+    if (std::getenv("SPARSEGRAD_NO_WGMMA") == nullptr &&
+        suits_warpgroups<kAOuterContiguous>(p.a, p) &&
         suits_warpgroups<kBOuterContiguous>(p.b, p) &&
         has_code(product_kernel<Hopper, Epilogue>)) {
       return launch_product<Hopper>(like, p, epilogue);
