@@ -7,6 +7,7 @@ same tests on CPU tensors, where nothing is captured: it shows that the tests th
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -456,6 +457,166 @@ def test_fold(size, dtype, sides, generator):
         assert_close(target, oracle, scale, factor=2)
 
 
+# [out_features, in_features] and how many vectors its bases lack: in whole vectors, and not; with
+# more entries in a dense row or column than a block holds, and more sums.
+DELTA_SIZES = {
+    "small": (40, 24, 8),
+    "small_odd": (21, 19, 3),
+    "large": (1040, 392, 16),
+    "large_odd": (1037, 390, 3),
+    "wide": (136, 2600, 8),
+}
+delta_sizes = pytest.mark.parametrize("size", DELTA_SIZES.values(), ids=DELTA_SIZES)
+all_sides = pytest.mark.parametrize("sides", ["both", "in", "out", "none"])
+fold_delta = torch.ops.sparsegrad_kernels._fold_delta_
+
+
+def fold_delta_arguments(
+    size, dtype: torch.dtype, sides: str, keep: float, generator: torch.Generator
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """weight, delta, u, v, of which `sides` are given; and all four, with identities in float64."""
+    n_out, n_in, cut = size
+    u = (
+        orthogonal(n_in, generator, dtype)[: n_in - cut].clone()
+        if sides in ("both", "in")
+        else None
+    )
+    v = (
+        orthogonal(n_out, generator, dtype)[: n_out - cut].clone()
+        if sides in ("both", "out")
+        else None
+    )
+    full_u, full_v = (
+        torch.eye(n, dtype=torch.float64) if basis is None else basis
+        for n, basis in ((n_in, u), (n_out, v))
+    )
+    weight = torch.randn(n_out, n_in, generator=generator).to(dtype)
+    delta = sparse_matrix(full_v.shape[0], full_u.shape[0], dtype, generator, keep)
+    return [weight, delta, u, v], [weight, delta, full_u, full_v]
+
+
+def fold_delta_oracle(weight, delta, u, v) -> tuple[Tensor, Tensor]:
+    indices = delta.nonzero().T
+    return fold_oracle(weight, u, v, indices, delta[tuple(indices)])
+
+
+def in_layout(t: Tensor | None, layout: str) -> Tensor | None:
+    return None if t is None else strided_views(put(t))[layout]
+
+
+@dtypes
+@delta_sizes
+@all_sides
+@pytest.mark.parametrize("keep", [0.0, 0.01, 1.0], ids=["zero", "sparse", "dense"])
+def test_fold_delta(keep, sides, size, dtype, generator):
+    arguments, full = fold_delta_arguments(size, dtype, sides, keep, generator)
+    oracle, scale = fold_delta_oracle(*full)
+    for layout in ("contiguous", "transposed", "sliced"):
+        weight, delta, u, v = (in_layout(t, layout) for t in arguments)
+        fold_delta(weight, delta, u, v, 9, None)
+        assert_close(weight, oracle, scale, factor=2)
+        assert not delta.any()
+
+
+@delta_sizes
+@pytest.mark.parametrize("sides", ["in", "out", "none"])
+def test_fold_delta_in_mixed_layouts(sides, size, generator):
+    arguments, full = fold_delta_arguments(size, torch.float32, sides, 0.05, generator)
+    oracle, scale = fold_delta_oracle(*full)
+    layouts = ("contiguous", "transposed", "sliced")
+    for of_weight, of_delta, of_basis in itertools.product(layouts, repeat=3):
+        weight, delta = in_layout(arguments[0], of_weight), in_layout(arguments[1], of_delta)
+        u, v = (in_layout(t, of_basis) for t in arguments[2:])
+        fold_delta(weight, delta, u, v, 9, None)
+        assert_close(weight, oracle, scale, factor=2)
+        assert not delta.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@delta_sizes
+@all_sides
+def test_fold_delta_rounds_by_chance(sides, size, dtype, generator):
+    arguments, full = fold_delta_arguments(size, dtype, sides, 0.01, generator)
+    arguments[1] *= 2**-6  # below what rounding to nearest would keep of many
+    oracle, scale = fold_delta_oracle(*full)
+    # To one of the two neighbours, but for the error of the sum.
+    limit = torch.finfo(dtype).eps * oracle.abs() + 1e-3 * (scale - full[0].double().abs()) + 1e-6
+    results = []
+    for seed in (2**40, 2**40, 7):
+        weight, delta, u, v = (None if t is None else put(t) for t in arguments)
+        on_device = torch.tensor([seed], device=DEVICE)
+        fold_delta(weight, delta, u, v, 9, on_device)
+        assert on_device.item() == seed + 1
+        assert not delta.any()
+        assert bool(((weight.cpu().double() - oracle).abs() <= limit).all())
+        results.append(weight)
+    assert_bits(results[0], results[1])
+    assert size[0] < 100 or not torch.equal(results[0], results[2])
+
+
+def test_fold_delta_is_noticed_small(generator):
+    """Autograd's versions count it, by which a layer knows that there is nothing to fold."""
+    arguments, _ = fold_delta_arguments(DELTA_SIZES["small"], torch.bfloat16, "in", 0.1, generator)
+    weight, delta, u, _ = (None if t is None else put(t) for t in arguments)
+    seed = torch.tensor([3], device=DEVICE)
+    before = [t._version for t in (weight, delta, seed)]
+    fold_delta(weight, delta, u, None, 9, seed)
+    assert all(t._version > n for t, n in zip((weight, delta, seed), before, strict=True))
+
+
+def test_fold_delta_keeps_what_is_not_a_number_small():
+    weight = torch.ones(16, 16, device=DEVICE)
+    delta, u = torch.zeros_like(weight), torch.eye(16, device=DEVICE)
+    delta[3, 5] = torch.nan
+    fold_delta(weight, delta, u, None, 9, None)
+    assert not delta.any()
+    assert bool(weight[3].isnan().all())
+    assert bool((weight[4:] == 1).all()) and bool((weight[:3] == 1).all())
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (8, 0), (0, 0)])
+@all_sides
+def test_fold_delta_of_nothing_small(sides, shape):
+    """Without elements of W, or of delta."""
+    n_out, n_in = shape
+    u = torch.ones(4, n_in, device=DEVICE) if sides in ("both", "in") else None
+    v = torch.ones(4, n_out, device=DEVICE) if sides in ("both", "out") else None
+    weight = torch.ones(n_out, n_in, device=DEVICE)
+    r_out, r_in = n_out if v is None else 4, n_in if u is None else 4
+    delta = torch.ones(r_out, r_in, device=DEVICE)
+    fold_delta(weight, delta, u, v, 1, None)
+    assert not delta.any()
+    rank_0 = [None if t is None else t[:0] for t in (u, v)]
+    weight = torch.ones(8, 8, device=DEVICE)
+    wide = [None if t is None else torch.ones(0, 8, device=DEVICE) for t in rank_0]
+    sizes = [8 if t is None else 0 for t in wide]
+    fold_delta(weight, torch.zeros(sizes[1], sizes[0], device=DEVICE), *wide, 1, None)
+    assert bool((weight == 1).all())
+
+
+@all_sides
+def test_fold_delta_refuses_what_does_not_fit_small(sides, generator):
+    skip_if_reference("_fold_delta_")
+    if not ON_GPU:
+        pytest.skip("the reference is told nothing wrong by its caller")
+    arguments, _ = fold_delta_arguments(DELTA_SIZES["small"], torch.float32, sides, 0.1, generator)
+    weight, delta, u, v = (None if t is None else put(t) for t in arguments)
+    wrong = [
+        (weight, delta[:-1], u, v, 9, None),
+        (weight, delta[:, :-1], u, v, 9, None),
+        (weight, delta.double(), u, v, 9, None),
+        (weight, delta.cpu(), u, v, 9, None),
+        (weight, delta[0], u, v, 9, None),
+        (weight, delta, u, v, 9, torch.tensor([3], device=DEVICE)),  # float32 is not rounded
+    ]
+    before = weight.clone(), delta.clone()
+    for bad in wrong:
+        with pytest.raises(RuntimeError):
+            fold_delta(*bad)
+    assert_bits(weight, before[0])
+    assert_bits(delta, before[1])
+
+
 # ---- float32 as tf32 ----
 
 
@@ -655,6 +816,17 @@ def example(op: str, dtype: torch.dtype, keep: float, generator: torch.Generator
         if op == "fold_ u":
             return lambda w, u, *coo: ops.fold_(w, u, None, *coo), [weight, u, *coo], 1
         return lambda w, v, *coo: ops.fold_(w, None, v, *coo), [weight, v, *coo], 1
+    if op.startswith("_fold_delta_"):
+        sides = op.partition(" ")[2]
+        arguments, _ = fold_delta_arguments(DELTA_SIZES["large"], dtype, sides, keep**4, generator)
+
+        def fold(weight: Tensor, delta: Tensor, *given: Tensor) -> None:
+            bases = (
+                given if sides == "both" else (*given, None) if sides == "in" else (None, *given)
+            )
+            fold_delta(weight, delta, *(bases if sides != "none" else (None, None)), 9, None)
+
+        return fold, [t for t in arguments if t is not None], 2
     a = sparse_matrix(*size[:2], dtype, generator, keep)
     other = torch.randn(size[0], 261, generator=generator).to(dtype)
     if op == "grad_weight_topk":
@@ -692,7 +864,8 @@ def captured(run: Callable[[], object]) -> Callable[[], object]:
 
 
 few = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-each_op = pytest.mark.parametrize("op", [*OPS, *VARIANTS])
+FOLDS = [f"_fold_delta_ {sides}" for sides in ("both", "in", "out", "none")]
+each_op = pytest.mark.parametrize("op", [*OPS, *VARIANTS, *FOLDS])
 
 
 @few
