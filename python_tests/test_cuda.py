@@ -476,15 +476,11 @@ def fold_delta_arguments(
 ) -> tuple[list[Tensor | None], list[Tensor]]:
     """weight, delta, u, v, of which `sides` are given; and all four, with identities in float64."""
     n_out, n_in, cut = size
-    u = (
-        orthogonal(n_in, generator, dtype)[: n_in - cut].clone()
-        if sides in ("both", "in")
+    u, v = (
+        (torch.randn(n - cut, n, generator=generator) / n**0.5).to(dtype)
+        if sides in ("both", side)
         else None
-    )
-    v = (
-        orthogonal(n_out, generator, dtype)[: n_out - cut].clone()
-        if sides in ("both", "out")
-        else None
+        for side, n in (("in", n_in), ("out", n_out))
     )
     full_u, full_v = (
         torch.eye(n, dtype=torch.float64) if basis is None else basis

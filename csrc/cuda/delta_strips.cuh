@@ -61,7 +61,7 @@ struct Slab {
 template <class T, int kRows>
 __device__ __forceinline__ void gather_strip(
     const Matrix<T>& delta, int64_t first, int64_t& next, Strip<T, kRows>& strip) {
-  constexpr int kAhead = sizeof(T) == 8 ? 2 : 4;  // steps whose loads are in flight together
+  constexpr int kAhead = sizeof(T) == 8 ? 1 : 2;  // steps whose loads are in flight together
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const bool counting = threadIdx.x < kRows;  // a thread for each row
   int32_t length = 0;
@@ -130,7 +130,7 @@ __device__ __forceinline__ void add_slice(
     const AddTo<T, Round>& to, int64_t first, int64_t base, int32_t size, uint32_t held,
     const Strip<T, kRows>& strip) {
   constexpr int kAlong = Strip<T, kRows>::kAlong, kParts = kRows / kAlong;
-#pragma unroll 4
+#pragma unroll 2
   for (int32_t i = threadIdx.x; i < size * kParts; i += kDeltaThreads) {
     const int row = i % kParts * kAlong, at = i / kParts;
     auto* const place =
@@ -148,7 +148,7 @@ __device__ __forceinline__ void add_slice(
 }
 
 template <class T, int kRows, class To>
-__global__ void __launch_bounds__(kDeltaThreads)
+__global__ void __launch_bounds__(kDeltaThreads, sizeof(T) == 4 ? 3 : 2)
     delta_strips(Matrix<T> delta, Matrix<const T> basis, To to) {
   using Wide = wide_t<T>;
   using S = Strip<T, kRows>;
@@ -178,6 +178,7 @@ __global__ void __launch_bounds__(kDeltaThreads)
           return;
         }
       }
+#pragma unroll 1
       for (int32_t i = threadIdx.x; i < kRows * vectors; i += kDeltaThreads) {
         const int row = i / vectors, col = i % vectors * kVector;
         Wide sum[kVector] = {};

@@ -85,20 +85,22 @@ struct StoreFactor {
 // ---- What both kernels do with entries ----
 
 constexpr int kDeltaThreads = 256;  // at most
-constexpr int kBatch = 8;           // rows of the basis that a thread reads at once
+constexpr int kBatch = 4;           // rows of the basis that a thread reads at once
 
 // sum[j] += sum over n entries of value * basis(inner, col + j)
 template <int kVector, class T>
 __device__ __forceinline__ void add_entries(
     const int32_t* inner, const wide_t<T>* value, int32_t n, const Matrix<const T>& basis,
     int64_t col, wide_t<T> (&sum)[kVector]) {
+  const T* const data = basis.data + col * basis.col_stride;
+#pragma unroll 1
   for (int32_t e = 0; e < n; e += kBatch) {
     Pack<T, kVector> rows[kBatch];
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       if (e + b < n) {
-        const T* from = basis.data + inner[e + b] * basis.row_stride + col * basis.col_stride;
-        rows[b] = *reinterpret_cast<const Pack<T, kVector>*>(from);
+        rows[b] = *reinterpret_cast<const Pack<T, kVector>*>(
+            data + inner[e + b] * basis.row_stride);
       }
     }
 #pragma unroll
