@@ -533,6 +533,7 @@ def test_fold_delta_in_mixed_layouts(sides, size, generator):
 @all_sides
 def test_fold_delta_rounds_by_chance(sides, size, dtype, generator):
     arguments, full = fold_delta_arguments(size, dtype, sides, 0.01, generator)
+    arguments[1][0, 0] = 1  # without entries there is nothing to round
     arguments[1] *= 2**-6  # below what rounding to nearest would keep of many
     oracle, scale = fold_delta_oracle(*full)
     # To one of the two neighbours, but for the error of the sum.

@@ -82,7 +82,7 @@ __device__ __forceinline__ int32_t gather_row(
 }
 
 template <class T, int kVector, class To>
-__global__ void __launch_bounds__(kDeltaThreads, sizeof(T) == 2 ? 3 : 4)
+__global__ void __launch_bounds__(kDeltaThreads, sizeof(T) == 2 ? 2 : 3)
     delta_rows(Matrix<T> delta, Matrix<const T> basis, To to) {
   using Vector = Pack<T, kVector>;
   __shared__ RowEntries<T> entries;
