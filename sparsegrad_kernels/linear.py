@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ._gradient import backward, fold_delta
 from .basis import Basis
-from .ops._library import define
+from .ops._library import define, multiplying_as_tf32
 
 WeightSpace = Literal["original", "transformed"]
 
@@ -151,6 +151,9 @@ class SparseGradLinear(nn.Module):
     and the parameter `weight [r_out, r_in]` is `W~ = V W U^T`, which receives the COO gradient. Its
     `state_dict` holds the basis too, since the weight means nothing without it.
 
+    After a forward pass in bfloat16 or float16 (autocast) a GPU folds in tf32, which holds more than
+    the gradient does.
+
     Both spaces give the same training. Each backward keeps the k largest entries of its own
     gradient; several before a step add up, as sparse gradients do, to the union of their entries.
     `bias` has its dense gradient in the original space.
@@ -248,6 +251,8 @@ class SparseGradLinear(nn.Module):
         self.k = self._resolve_k(k, density, shape)
         # The optimizer's write into `delta` is noticed by its version; None: look at its content.
         self._folded_version: int | None = None
+        # Whether the last forward was in 16 bits: tf32 is then precise enough for the update.
+        self._narrow = False
         # Shared by all layers of a group, also through `.to(device)`: a submodule is moved once.
         if basis is not None and not basis.matches(weight):
             basis = basis.matching(weight)
@@ -333,7 +338,7 @@ class SparseGradLinear(nn.Module):
             with torch.no_grad():
                 _fold_delta_op(self._parameters["weight"], delta, self.u, self.v, self.k, self.seed)
         elif delta._version != self._folded_version:
-            with torch.no_grad():
+            with torch.no_grad(), multiplying_as_tf32(self._narrow):
                 _fold_delta_op(self._parameters["weight"], delta, self.u, self.v, self.k, self.seed)
             self._folded_version = delta._version
 
@@ -373,6 +378,7 @@ class SparseGradLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device_type))
         if self.weight_space == "original":
             self.fold()
+            self._narrow = x.dtype in (torch.bfloat16, torch.float16)
             weight = self._parameters["weight"]
             return _linear(x, weight, self.bias, self.delta, self.u, self.v, self.k, self.threshold)
         weight = self._parameters["weight"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -35,6 +36,21 @@ def has_kernel(name: str, tensor: Tensor) -> bool:
 def allows_tf32() -> bool:
     """Whether the user lets torch multiply float32 matrices as tf32: what all kernels follow."""
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+@contextlib.contextmanager
+def multiplying_as_tf32(wanted: bool) -> Iterator[None]:
+    """If `wanted`, let torch and the kernels multiply float32 matrices as tf32 meanwhile."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    if not wanted or before == "tf32":
+        yield
+        return
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 # For the compiled kernels, to which torch's stable ABI does not give the flag.
