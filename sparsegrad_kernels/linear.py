@@ -151,8 +151,8 @@ class SparseGradLinear(nn.Module):
     and the parameter `weight [r_out, r_in]` is `W~ = V W U^T`, which receives the COO gradient. Its
     `state_dict` holds the basis too, since the weight means nothing without it.
 
-    After a forward pass in bfloat16 or float16 (autocast) a GPU folds in tf32, which holds more than
-    the gradient does.
+    After a forward pass in bfloat16 or float16 (autocast) a GPU folds in tf32, which holds more
+    digits than the gradient does.
 
     Both spaces give the same training. Each backward keeps the k largest entries of its own
     gradient; several before a step add up, as sparse gradients do, to the union of their entries.
