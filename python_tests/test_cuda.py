@@ -800,8 +800,21 @@ def listed(value: Tensor | tuple[Tensor, ...] | None) -> list[Tensor]:
 Run = Callable[..., Tensor | tuple[Tensor, ...] | None]
 
 
+def fold_delta_example(sides: str, dtype: torch.dtype, keep: float, generator: torch.Generator):
+    arguments, _ = fold_delta_arguments(DELTA_SIZES["large"], dtype, sides, keep, generator)
+    given = [t is not None for t in arguments]
+
+    def run(*tensors: Tensor) -> None:
+        rest = iter(tensors)
+        fold_delta(*(next(rest) if one else None for one in given), 9, None)
+
+    return run, [t for t in arguments if t is not None], 2
+
+
 def example(op: str, dtype: torch.dtype, keep: float, generator: torch.Generator):
     """How to run `op`, its inputs, and how many of the first of them it writes."""
+    if op.startswith("_fold_delta_"):
+        return fold_delta_example(op.partition(" ")[2], dtype, keep**4, generator)
     size = SIZES["large"]
     run: Run = getattr(ops, op.partition(" ")[0], token_products)
     if op == "sparse_adam_":
@@ -813,17 +826,6 @@ def example(op: str, dtype: torch.dtype, keep: float, generator: torch.Generator
         if op == "fold_ u":
             return lambda w, u, *coo: ops.fold_(w, u, None, *coo), [weight, u, *coo], 1
         return lambda w, v, *coo: ops.fold_(w, None, v, *coo), [weight, v, *coo], 1
-    if op.startswith("_fold_delta_"):
-        sides = op.partition(" ")[2]
-        arguments, _ = fold_delta_arguments(DELTA_SIZES["large"], dtype, sides, keep**4, generator)
-
-        def fold(weight: Tensor, delta: Tensor, *given: Tensor) -> None:
-            bases = (
-                given if sides == "both" else (*given, None) if sides == "in" else (None, *given)
-            )
-            fold_delta(weight, delta, *(bases if sides != "none" else (None, None)), 9, None)
-
-        return fold, [t for t in arguments if t is not None], 2
     a = sparse_matrix(*size[:2], dtype, generator, keep)
     other = torch.randn(size[0], 261, generator=generator).to(dtype)
     if op == "grad_weight_topk":
