@@ -1,14 +1,14 @@
 """Builds, tests, sanitizes and times everything on a GPU, in one run of under 10 minutes.
 
     python benchmarks/gpu.py [--only tests|sanitizer|micro|training] [--device cpu] [--wheels DIR]
-                             [--seconds 570]
+                             [--seconds 570] [--backends cuda triton] [--cases EXPRESSION]
 
 No network is needed. The package is built as by `pip install --no-build-isolation --no-deps .`, for
 the card that is there, and installed with the wheels of DIR (for what the machine lacks, as
 tensorly) in a folder of its own, `build/gpu`: the environment is left as it is. A build, a test or
 a sanitizer that fails ends the run. What is known by then is written after every stage to
 benchmarks/results/<card>-<date>-<commit>.json and .md, with the benchmarks' own files beside it;
-all output is in build/gpu.log (with --out DIR all of this is in DIR: 7 files at most).
+all output is in build/gpu.log (with --out DIR all of this is in DIR: 9 files at most).
 
 `--device cpu` runs the same steps on CPU tensors with small sizes. What needs a GPU (the CUDA and
 Triton backends, compute-sanitizer) is left out: it proves this script and the tests, not kernels.
@@ -88,7 +88,7 @@ def build(device: str, wheels: Path | None) -> list[Stage]:
     return stages
 
 
-def tests(device: str) -> list[Stage]:
+def tests(device: str, backends: Sequence[str]) -> list[Stage]:
     """Each backend on the device, and the CPU's own tests, side by side."""
     everything = "python_tests/test_cuda.py"
     triton = "python_tests/test_triton_cuda.py"
@@ -110,10 +110,11 @@ def tests(device: str) -> list[Stage]:
         stage.append(step("C++", "cpp", everything, *small))
         stage.append(step(CPU_TESTS, None, *cpu_tests("config", "sparse_adam_")))
         return [stage]
-    # Triton compiles for long at first, and without a cache for longer.
     stage = [step("reference", "reference", everything)]
-    stage += [step("CUDA", "cuda", everything, processes=3)]
-    stage += [step("Triton", "triton", everything, triton, processes=6)]
+    if "cuda" in backends:
+        stage += [step("CUDA", "cuda", everything, processes=4)]
+    if "triton" in backends:  # compiles for long at first
+        stage += [step("Triton", "triton", everything, triton, processes=6)]
     stage += [step(CPU_TESTS, None, *cpu_tests(), processes=3)]
     return [stage]
 
@@ -134,7 +135,7 @@ def cpu_tests(*only: str) -> list[str]:
     return kept
 
 
-def sanitizer(device: str) -> list[Stage]:
+def sanitizer(device: str, backends: Sequence[str]) -> list[Stage]:
     """Small tests only. In memcheck each tensor is an allocation of its own: its end is exact."""
     if device == "cpu":
         return []
@@ -151,7 +152,7 @@ def sanitizer(device: str) -> list[Stage]:
         ("memcheck", ["--report-api-errors=no"], "small", {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}),
         ("racecheck", [], few, {}),
     ):
-        for backend in ("cuda", "triton"):
+        for backend in backends:
             command = [tool, f"--tool={name}", f"--error-exitcode={SANITIZER_FAILED}", *flags]
             command += ["--target-processes=application-only"]  # not Triton's compiler
             command += [*PYTEST, "python_tests/test_cuda.py", "-k", chosen]
@@ -162,18 +163,18 @@ def sanitizer(device: str) -> list[Stage]:
     return [[Step("sanitizer: does it work here", try_it, 60, needs=[tool])], stage]
 
 
-def micro(device: str, results: str) -> list[Stage]:
+def micro(device: str, results: str, backends: Sequence[str], cases: str) -> list[Stage]:
     """One backend after another, alone on the machine."""
     stages = []
     if device == "cuda":
         layer = [sys.executable, str(ROOT / "benchmarks" / "layer_step.py")]
         layer += ["--kernels", f"--json={results}-layer-cuda.json"]
         stages.append([Step("one layer", layer, 120, {"SPARSEGRAD_BACKEND": "cuda"})])
-    for backend in ["cpp"] if device == "cpu" else ["cuda", "triton"]:
+    for backend in ["cpp"] if device == "cpu" else backends:
         command = [*PYTEST, "benchmarks", f"--device={device}"]
         command += [f"--benchmark-json={results}-operators-{backend}.json"]
-        if device == "cpu":
-            command += ["-k", "sparse_adam_"]
+        if device == "cpu" or cases:
+            command += ["-k", cases or "sparse_adam_"]
         environment = {"SPARSEGRAD_BACKEND": backend}
         needs = [ROOT / "benchmarks" / "bench_topk_coo.py"]
         stages.append([Step(f"micro: {backend}", command, 150, environment, needs)])
@@ -241,27 +242,36 @@ class Record:
         )
 
 
-def run_all(
-    record: Record, parts: Sequence[str], device: str, wheels: Path | None, seconds: float
-) -> str:
+def correctness(device: str, backends: Sequence[str], parts: Sequence[str]) -> list[Stage]:
+    """Tests and sanitizers side by side: nothing of them is timed."""
+    chosen = [tests(device, backends)] if "tests" in parts else []
+    chosen += [sanitizer(device, backends)] if "sanitizer" in parts else []
+    before = [stage for part in chosen for stage in part[:-1]]
+    return [*before, [step for part in chosen for step in (part[-1] if part else [])]]
+
+
+def run_all(record: Record, options: argparse.Namespace, parts: Sequence[str]) -> str:
     """The verdict."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + options.seconds
     for folder in (SITE, LOGS):
         shutil.rmtree(folder, ignore_errors=True)
     LOGS.mkdir(parents=True)
     os.environ["PYTHONPATH"] = str(SITE)
     sys.path.append(str(SITE))  # for the versions of what the wheels bring
     workers = max(1, len(os.sched_getaffinity(0)) // 2)
+    device, backends, results = options.device, options.backends, record.results
+
     plan = {
-        "build": lambda: build(device, wheels),
-        "tests": lambda: tests(device),
-        "sanitizer": lambda: sanitizer(device),
-        "micro": lambda: micro(device, record.results),
-        "training": lambda: training(device, record.results),
+        "build": lambda: build(device, options.wheels),
+        "tests": lambda: correctness(device, backends, parts),
+        "training": lambda: training(device, results),
+        "micro": lambda: micro(device, results, backends, options.cases),
     }
-    for part in ("build", *parts):
+    for part, stages in plan.items():
+        if part != "build" and part not in parts and (part != "tests" or "sanitizer" not in parts):
+            continue
         print(f"== {part}", flush=True)
-        for stage in plan[part]():
+        for stage in stages():
             outcomes = run_stage(stage, LOGS, deadline, workers)
             record.outcomes += outcomes
             record.write()
@@ -283,6 +293,9 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="installed beside the package")
     parser.add_argument("--out", type=Path, metavar="DIR", help="by default benchmarks/results")
+    backends = ["cuda", "triton"]
+    parser.add_argument("--backends", nargs="+", choices=backends, default=backends)
+    parser.add_argument("--cases", default="", help="pytest -k for the microbenchmarks")
     parser.add_argument("--seconds", type=float, default=BUDGET, help="that it may take in all")
     parser.add_argument("--commit", help="of a copy of the tree without its repository")
     options = parser.parse_args()
@@ -295,7 +308,7 @@ def main() -> None:
     folder = (options.out or default).resolve()
     record = Record(options.device, options.commit, folder, log)
     parts = [part for part in PARTS if not options.only or part in options.only]
-    record.verdict = run_all(record, parts, options.device, options.wheels, options.seconds)
+    record.verdict = run_all(record, options, parts)
     record.write()
     print(f"\n{record.verdict}\n{record.results}.md")
     raise SystemExit(record.verdict != "all passed")

@@ -515,6 +515,19 @@ def test_fold_delta(keep, sides, size, dtype, generator):
 
 
 @delta_sizes
+@pytest.mark.parametrize("keep", [0.01, 1.0], ids=["sparse", "dense"])
+def test_fold_delta_as_tf32(keep, size, generator):
+    arguments, full = fold_delta_arguments(size, torch.float32, "both", keep, generator)
+    oracle, scale = fold_delta_oracle(*full)
+    for layout in ("contiguous", "transposed", "sliced"):
+        weight, delta, u, v = (in_layout(t, layout) for t in arguments)
+        with multiplied_as("tf32"):
+            fold_delta(weight, delta, u, v, 9, None)
+        assert_close(weight, oracle, scale, factor=4 * TF32)
+        assert not delta.any()
+
+
+@delta_sizes
 @pytest.mark.parametrize("sides", ["in", "out", "none"])
 def test_fold_delta_in_mixed_layouts(sides, size, generator):
     arguments, full = fold_delta_arguments(size, torch.float32, sides, 0.05, generator)

@@ -99,7 +99,8 @@ def _fused_backward(
     )
     if right is not None:
         if v is not None and v_first:
-            product = ops.sparse_dense_mm(ops.sparse_dense_mm(g, v.T).T, right)
+            # So short a basis that finding the tokens once more would take longer.
+            product = (g @ v.T).T @ right
         rotated = _rotate(product, None if u_first else u, None if v_first else v)
         indices, values = ops.topk_coo(rotated, k, threshold)
         grad_sparse = _coo(indices, values.to(dtype), size)

@@ -338,7 +338,8 @@ class SparseGradLinear(nn.Module):
             with torch.no_grad():
                 _fold_delta_op(self._parameters["weight"], delta, self.u, self.v, self.k, self.seed)
         elif delta._version != self._folded_version:
-            with torch.no_grad(), multiplying_as_tf32(self._narrow):
+            as_tf32 = self._narrow and self.u is not None and self.v is not None
+            with torch.no_grad(), multiplying_as_tf32(as_tf32):
                 _fold_delta_op(self._parameters["weight"], delta, self.u, self.v, self.k, self.seed)
             self._folded_version = delta._version
 

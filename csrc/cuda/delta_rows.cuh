@@ -81,8 +81,17 @@ __device__ __forceinline__ int32_t gather_row(
   return n;
 }
 
+// Blocks on a multiprocessor, for as many loads in flight; sm_100's code needs more registers.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+template <class T>
+constexpr int kRowBlocks = sizeof(T) == 2 ? 2 : 3;
+#else
+template <class T>
+constexpr int kRowBlocks = sizeof(T) == 2 ? 3 : 4;
+#endif
+
 template <class T, int kVector, class To>
-__global__ void __launch_bounds__(kDeltaThreads, sizeof(T) == 2 ? 2 : 3)
+__global__ void __launch_bounds__(kDeltaThreads, kRowBlocks<T>)
     delta_rows(Matrix<T> delta, Matrix<const T> basis, To to) {
   using Vector = Pack<T, kVector>;
   __shared__ RowEntries<T> entries;
@@ -116,7 +125,7 @@ __global__ void __launch_bounds__(kDeltaThreads, sizeof(T) == 2 ? 2 : 3)
         }
       }
       if (inside) {
-        add_entries<kVector, T>(entries.inner, entries.value, n, basis, col, sum);
+        add_entries<kVector, 4, T>(entries.inner, entries.value, n, basis, col, sum);
       }
       begun = true;
     } while (next < delta.cols);

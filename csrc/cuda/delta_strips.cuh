@@ -182,7 +182,7 @@ __global__ void __launch_bounds__(kDeltaThreads, sizeof(T) == 4 ? 3 : 2)
       for (int32_t i = threadIdx.x; i < kRows * vectors; i += kDeltaThreads) {
         const int row = i / vectors, col = i % vectors * kVector;
         Wide sum[kVector] = {};
-        add_entries<kVector, T>(
+        add_entries<kVector, sizeof(T) == 4 ? 6 : 4, T>(
             strip.inner[row], strip.value[row], strip.length[row], basis, base + col, sum);
         auto* const place = reinterpret_cast<Pack<Wide, kVector>*>(&strip.sums[row][col]);
         if (begun) {

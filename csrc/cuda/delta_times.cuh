@@ -85,10 +85,9 @@ struct StoreFactor {
 // ---- What both kernels do with entries ----
 
 constexpr int kDeltaThreads = 256;  // at most
-constexpr int kBatch = 4;           // rows of the basis that a thread reads at once
-
-// sum[j] += sum over n entries of value * basis(inner, col + j)
-template <int kVector, class T>
+// sum[j] += sum over n entries of value * basis(inner, col + j); kBatch rows of the basis are read
+// at once.
+template <int kVector, int kBatch, class T>
 __device__ __forceinline__ void add_entries(
     const int32_t* inner, const wide_t<T>* value, int32_t n, const Matrix<const T>& basis,
     int64_t col, wide_t<T> (&sum)[kVector]) {

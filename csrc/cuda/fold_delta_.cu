@@ -4,7 +4,8 @@
 // delta is read in place. With one basis, the identity being the other, or none, one kernel does
 // all: see delta_times.cuh. With both, it makes the factor delta^T V or delta U, whichever takes
 // fewer multiply-adds, and the dense product of that and the other basis is added to W: on the
-// tensor cores here for 16 bits, else by torch. k decides on that only: any delta is right.
+// tensor cores here for 16 bits, else by torch. k decides on that only: any delta is right. Where
+// float32 may be multiplied as tf32, torch's dense products do all.
 //
 // Sums have one order, that of delta's elements, so that bits do not vary.
 //
@@ -117,10 +118,32 @@ void launch_add_delta(const Matrix<T>& delta, const AddTo<T, Round>& to, cudaStr
 
 // ---- With both ----
 
+// On the tensor cores two dense products take less than gathering the rows that entries ask for;
+// and much less where entries lie in few rows or columns, as those of a good basis do.
+void fold_densely(
+    const Tensor& weight, const Tensor& delta, const Tensor& u, const Tensor& v) {
+  const int64_t n_out = weight.size(0), n_in = weight.size(1);
+  const int64_t r_out = delta.size(0), r_in = delta.size(1);
+  const bool left_first = n_out * r_in * (r_out + n_in) <= r_out * n_in * (r_in + n_out);
+  const Tensor v_t = torch::stable::transpose(v, 0, 1);
+  const Tensor factor = left_first ? torch::stable::new_empty(weight, {n_out, r_in})
+                                   : torch::stable::new_empty(weight, {r_out, n_in});
+  const Tensor &first = left_first ? v_t : delta, &second = left_first ? delta : u;
+  const Tensor &left = left_first ? factor : v_t, &right = left_first ? u : factor;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(factor.get(), first.get(), second.get()));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(
+      weight.get(), weight.get(), left.get(), right.get(), 1.0, 1.0));
+  Tensor written = delta;
+  torch::stable::zero_(written);
+}
+
 template <class T, class Round>
 void fold_in_basis(
     const Tensor& weight, const Tensor& delta, const Tensor& u, const Tensor& v, int64_t k,
     const Round& round, cudaStream_t stream) {
+  if (allows_tf32(weight.scalar_type())) {
+    return fold_densely(weight, delta, u, v);
+  }
   const int64_t n_out = weight.size(0), n_in = weight.size(1);
   const bool left_first =
       k * n_out + u.size(0) * n_in * n_out <= k * n_in + v.size(0) * n_in * n_out;

@@ -13,12 +13,11 @@
 #pragma once
 
 #include <algorithm>
-#include <cstdlib>
 
-#include "compacted.cuh"
 #include "axis.cuh"
-#include "multiply_tf32.cuh"
+#include "compacted.cuh"
 #include "multiply_sm90.cuh"
+#include "multiply_tf32.cuh"
 
 namespace sparsegrad {
 
@@ -158,13 +157,19 @@ __device__ __forceinline__ void multiply_tiles(
   if (workspace.sums != nullptr && 0 < tiles && tiles <= blocks / 2) {
     splits = max(1, min(blocks / tiles, steps / kMinSteps<M>));
   }
-  const int32_t depth_per_split = (steps + splits - 1) / splits * M::kK;
-  const int32_t items = tiles * splits;
+  // In shared memory, as registers are scarce where tiles are multiplied.
+  __shared__ struct {
+    int32_t col_tiles, splits, depth_per_split, items;
+  } cut;
+  if (threadIdx.x == 0) {
+    cut = {col_tiles, splits, (steps + splits - 1) / splits * M::kK, tiles * splits};
+  }
+  __syncthreads();
 
-  for (int32_t item = blockIdx.x; item < items; item += blocks) {
-    const int32_t tile = item / splits;
-    const int32_t m0 = tile / col_tiles * M::kM, n0 = tile % col_tiles * M::kN;
+  for (int32_t item = blockIdx.x; item < cut.items; item += gridDim.x) {
     __syncthreads();  // the last tile's indices have been used
+    const int32_t tile = item / cut.splits;
+    const int32_t m0 = tile / cut.col_tiles * M::kM, n0 = tile % cut.col_tiles * M::kN;
     for (int i = threadIdx.x; i < M::kM; i += M::kThreads) {
       a_outer[i] = m0 + i < n_rows ? rows.at(m0 + i) : -1;
     }
@@ -173,10 +178,10 @@ __device__ __forceinline__ void multiply_tiles(
     }
 
     typename M::Accumulator acc;
-    const int32_t begin = min((item % splits) * depth_per_split, n_depths);
-    const int32_t end = min(begin + depth_per_split, n_depths);
+    const int32_t begin = min((item % cut.splits) * cut.depth_per_split, n_depths);
+    const int32_t end = min(begin + cut.depth_per_split, n_depths);
     accumulate<M>(p, a_outer, b_outer, begin, end, rows, depths, acc);
-    if (splits > 1 && !add_splits<M>(workspace, item, splits, acc)) {
+    if (cut.splits > 1 && !add_splits<M>(workspace, item, cut.splits, acc)) {
       continue;
     }
     if (rows.masked) {
@@ -292,8 +297,7 @@ template <bool kAOuterContiguous, bool kBOuterContiguous, class T, class Epilogu
 void launch_product_as(const Tensor& like, const Product<T>& p, const Epilogue& epilogue) {
   if constexpr (sizeof(T) == 2) {
     using Hopper = Warpgroups<T, kAOuterContiguous, kBOuterContiguous>;
-    if (std::getenv("SPARSEGRAD_NO_WGMMA") == nullptr &&
-        suits_warpgroups<kAOuterContiguous>(p.a, p) &&
+    if (suits_warpgroups<kAOuterContiguous>(p.a, p) &&
         suits_warpgroups<kBOuterContiguous>(p.b, p) &&
         has_code(product_kernel<Hopper, Epilogue>)) {
       return launch_product<Hopper>(like, p, epilogue);

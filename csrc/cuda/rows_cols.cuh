@@ -92,7 +92,7 @@ __device__ void write_positions(const uint32_t* words, int64_t n, Index* out, In
 
 template <bool kVector, class Key, class Index>
 __global__ void __launch_bounds__(kDetectThreads) detect(Detection<Key> d, Found<Index> found) {
-  constexpr int size = Pack<Key>::size;
+  constexpr int size = Pack<Key>::size, kAtOnce = kVector ? 8 : 1;
   const int lane = threadIdx.x % 32;
   const int64_t col_tiles = num_blocks(d.a.cols, 32 * size);
   const int64_t tiles = num_blocks(d.a.rows, kTileRows) * col_tiles;
@@ -104,11 +104,20 @@ __global__ void __launch_bounds__(kDetectThreads) detect(Detection<Key> d, Found
     const int n_rows = static_cast<int>(
         d.a.rows - begin < kTileRows ? d.a.rows - begin : int64_t{kTileRows});
     uint32_t rows = 0, cols = 0;
-#pragma unroll 4
-    for (int r = 0; r < n_rows; ++r) {
-      const uint32_t bits = bits_above<kVector>(d, begin + r, j);
-      cols |= bits;
-      rows |= static_cast<uint32_t>(__ballot_sync(~0u, bits != 0) != 0) << r;
+#pragma unroll 1
+    for (int first = 0; first < n_rows; first += kAtOnce) {
+      uint32_t bits[kAtOnce];  // all are asked for before any is waited for
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r) {
+        bits[r] = bits_above<kVector>(d, begin + min(first + r, n_rows - 1), j);
+      }
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r) {
+        const bool inside = first + r < n_rows;
+        cols |= bits[r];  // the last row once more is no other
+        rows |= static_cast<uint32_t>(__any_sync(~0u, inside && bits[r] != 0))
+                << (first + r) % kTileRows;
+      }
     }
     if (lane == 0) {
       set_bits(d.row_bits + row_tile, rows);

@@ -25,6 +25,20 @@ struct Parts {
   int32_t n_parts, n_col_tiles, n_cols;
 };
 
+// The elements of a token in columns [col, col + Pack::size); beyond the end: 0.
+template <bool kVector, class T>
+__device__ __forceinline__ Pack<T> load_token(const Matrix<const T>& g, int64_t token, int64_t col) {
+  if (kVector && col + Pack<T>::size <= g.cols) {
+    return *reinterpret_cast<const Pack<T>*>(g.row(token) + col);
+  }
+  Pack<T> pack;
+#pragma unroll
+  for (int v = 0; v < Pack<T>::size; ++v) {
+    pack.at[v] = col + v < g.cols ? g(token, col + v) : T(0.0f);
+  }
+  return pack;
+}
+
 // A warp takes a part of the tokens and as many columns as its lanes hold in 16 bytes each.
 template <bool kVector, class T>
 __global__ void __launch_bounds__(kScanThreads) scan_tokens(Matrix<const T> g, Parts<T> parts) {
@@ -41,23 +55,25 @@ __global__ void __launch_bounds__(kScanThreads) scan_tokens(Matrix<const T> g, P
   const int n_tokens = static_cast<int>(min(g.rows - begin, int64_t{kPartTokens}));
   wide_t<T> sums[n] = {};
   uint32_t bits = 0;
-#pragma unroll kAtOnce
-  for (int t = 0; t < n_tokens; ++t) {
-    Pack<T> pack{};
-    if (kVector && col + n <= g.cols) {
-      pack = *reinterpret_cast<const Pack<T>*>(g.row(begin + t) + col);
-    } else {
-      for (int v = 0; v < n; ++v) {
-        pack.at[v] = col + v < g.cols ? g(begin + t, col + v) : T(0.0f);
-      }
-    }
-    bool nonzero = false;
+#pragma unroll 1
+  for (int first = 0; first < n_tokens; first += kAtOnce) {
+    Pack<T> packs[kAtOnce];  // all are asked for before any is waited for
 #pragma unroll
-    for (int v = 0; v < n; ++v) {
-      nonzero |= magnitude(__builtin_bit_cast(Key, pack.at[v])) != 0;
-      sums[v] += static_cast<wide_t<T>>(pack.at[v]);
+    for (int t = 0; t < kAtOnce; ++t) {
+      const int64_t token = begin + min(first + t, n_tokens - 1);
+      packs[t] = load_token<kVector>(g, token, col);
     }
-    bits |= static_cast<uint32_t>(__any_sync(~0u, nonzero)) << t;
+#pragma unroll
+    for (int t = 0; t < kAtOnce; ++t) {
+      const bool inside = first + t < n_tokens;
+      bool nonzero = false;
+#pragma unroll
+      for (int v = 0; v < n; ++v) {
+        nonzero |= magnitude(__builtin_bit_cast(Key, packs[t].at[v])) != 0;
+        sums[v] += inside ? static_cast<wide_t<T>>(packs[t].at[v]) : 0;
+      }
+      bits |= static_cast<uint32_t>(__any_sync(~0u, inside && nonzero)) << (first + t) % 32;
+    }
   }
   if (lane == 0) {
     parts.bits[int64_t{col_tile} * parts.n_parts + part] = bits;
@@ -72,9 +88,10 @@ __global__ void __launch_bounds__(kScanThreads) scan_tokens(Matrix<const T> g, P
   }
 }
 
-// By one block: the tokens of the set bits, in order, and how many.
+// By one block: the tokens of the set bits, in order, and how many; from the end on the others.
 template <class T>
-__device__ void list_tokens(const Parts<T>& parts, int32_t* tokens, int32_t* n_tokens) {
+__device__ void list_tokens(
+    const Parts<T>& parts, int32_t n_all, int32_t* tokens, int32_t* n_tokens) {
   using Scan = cub::BlockScan<int32_t, kFinishThreads>;
   __shared__ typename Scan::TempStorage room;
   int32_t begin = 0;
@@ -88,8 +105,13 @@ __device__ void list_tokens(const Parts<T>& parts, int32_t* tokens, int32_t* n_t
     }
     int32_t before, total;
     Scan(room).ExclusiveSum(__popc(word), before, total);
-    for (int32_t* at = tokens + begin + before; word != 0; word &= word - 1) {
-      *at++ = part * kPartTokens + __ffs(word) - 1;
+    const int32_t first_token = part * kPartTokens;
+    int32_t* kept = tokens + begin + before;
+    int32_t* left_out = tokens + n_all - 1 - (first_token - begin - before);
+#pragma unroll 1
+    for (int32_t token = first_token; token < min(n_all, first_token + kPartTokens); ++token) {
+      *(word & 1 ? kept++ : left_out--) = token;
+      word >>= 1;
     }
     begin += total;
     __syncthreads();  // `room` is used again
@@ -102,9 +124,9 @@ __device__ void list_tokens(const Parts<T>& parts, int32_t* tokens, int32_t* n_t
 // The first block lists the tokens, each other one adds the parts of kFinishCols columns.
 template <class T>
 __global__ void __launch_bounds__(kFinishThreads) finish_tokens(
-    Parts<T> parts, int32_t* tokens, int32_t* n_tokens, wide_t<T>* total) {
+    Parts<T> parts, int32_t n_all, int32_t* tokens, int32_t* n_tokens, wide_t<T>* total) {
   if (blockIdx.x == 0) {
-    return list_tokens(parts, tokens, n_tokens);
+    return list_tokens(parts, n_all, tokens, n_tokens);
   }
   constexpr int kGroups = kFinishThreads / kFinishCols;
   __shared__ wide_t<T> sums[kGroups][kFinishCols];
@@ -127,7 +149,8 @@ __global__ void __launch_bounds__(kFinishThreads) finish_tokens(
   }
 }
 
-// The tokens [T] int32 with a gradient, their number [1], and the sum of g or nothing.
+// All tokens [T] int32, those with a gradient first and in order, their number [1], and the sum of
+// g or nothing.
 struct Tokens {
   Tensor list, count, sum;
 };
@@ -156,7 +179,7 @@ Tokens find_tokens(const Tensor& g, bool wants_sum) {
   check_launch();
   const int64_t sum_blocks = wants_sum ? num_blocks(m.cols, kFinishCols) : 0;
   finish_tokens<T><<<1 + sum_blocks, kFinishThreads, 0, stream>>>(
-      parts, static_cast<int32_t*>(tokens.list.mutable_data_ptr()),
+      parts, static_cast<int32_t>(m.rows), static_cast<int32_t*>(tokens.list.mutable_data_ptr()),
       static_cast<int32_t*>(tokens.count.mutable_data_ptr()),
       static_cast<wide_t<T>*>(tokens.sum.mutable_data_ptr()));
   check_launch();
@@ -211,7 +234,8 @@ std::tuple<Tensor, Tensor, Tensor> token_products(
                        .depth_size = static_cast<int32_t>(g.size(1)),
                        .rows = list,
                        .n_rows = count,
-                       .tf32 = tf32});
+                       .tf32 = tf32},
+          true);
     }
     if (product.numel() != 0) {
       store_product<T>(

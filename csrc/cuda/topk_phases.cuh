@@ -311,19 +311,31 @@ __device__ void count_kept(const Selection<Key>& s) {
 
 // By the last block: the sizes become the sums over those before.
 inline __device__ void sum_before(int64_t* sizes, int n, Room& room) {
-  const int each = (n + kTopkThreads - 1) / kTopkThreads;
-  const int begin = static_cast<int>(threadIdx.x) * each;
-  const int end = begin + each < n ? begin + each : n;
-  long long sum = 0, before, total;
-  for (int c = begin; c < end; ++c) {
-    sum += __ldcg(sizes + c);
-  }
-  Scan(room.scan).ExclusiveSum(sum, before, total);
-  __syncthreads();  // `room` is used again
-  for (int c = begin; c < end; ++c) {
-    const int64_t size = __ldcg(sizes + c);
-    sizes[c] = before;
-    before += size;
+  constexpr int kEach = 8;  // whose loads a thread waits for together
+  long long before_all = 0;
+#pragma unroll 1
+  for (int first = 0; first < n; first += kTopkThreads * kEach) {
+    const int begin = first + static_cast<int>(threadIdx.x) * kEach;
+    long long own[kEach], sum = 0, before, total;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      own[e] = begin + e < n ? __ldcg(sizes + begin + e) : 0;
+    }
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      sum += own[e];
+    }
+    Scan(room.scan).ExclusiveSum(sum, before, total);
+    __syncthreads();  // `room` is used again
+    before += before_all;
+    before_all += total;
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) {
+      if (begin + e < n) {
+        sizes[begin + e] = before;
+      }
+      before += own[e];
+    }
   }
 }
 
