@@ -12,6 +12,12 @@ from sparsegrad_kernels import backends
 # Whether Triton's kernels serve the CPU tensors of these tests.
 INTERPRETING = backends()["triton"].loaded and os.environ.get("TRITON_INTERPRET") == "1"
 
+
+def examples(n: int) -> int:
+    """How many of `n` random examples to try: few where Triton's slow interpreter computes."""
+    return n // 5 if INTERPRETING else n
+
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 # Relative error of one product, accumulated in float32 or wider and rounded once.

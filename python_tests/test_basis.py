@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from cases import orthogonal
 from sparsegrad_kernels import Basis, SparseGradConfig, fit_basis
-from sparsegrad_kernels.basis import _GramHosvd, _TensorlyHosvd
+from sparsegrad_kernels.basis import RANK_MULTIPLE, _GramHosvd, _TensorlyHosvd
 from sparsegrad_kernels.config import find_targets, linear_view, wanted_modes
 
 PLAIN = SparseGradConfig(target_modules=["up", "down"])
@@ -270,20 +270,38 @@ def make(generator, in_=6, out=9):
     return Basis(orthogonal(in_, generator), orthogonal(out, generator), energy_in, energy_out)
 
 
-def test_truncate(generator):
-    basis = make(generator)
+def test_truncate_by_energy(generator):
+    basis = make(generator, 30, 53)
+    found = {}
     for energy in (0.3, 0.9, 0.999, 1.0):
         cut = basis.truncate(energy=energy)
         for rank, spectrum in (
             (cut.rank_in, basis.energy_in),
             (cut.rank_out, basis.energy_out),
         ):
+            assert rank % RANK_MULTIPLE == 0 or rank == len(spectrum)
             assert spectrum[:rank].sum() >= energy * spectrum.sum() * (1 - 1e-12)
-            assert spectrum[: rank - 1].sum() < energy * spectrum.sum()
+            lower = (rank - 1) // RANK_MULTIPLE * RANK_MULTIPLE  # would not do
+            assert spectrum[:lower].sum() < energy * spectrum.sum()
         assert torch.equal(cut.u, basis.u[: cut.rank_in])
         assert torch.equal(cut.v, basis.v[: cut.rank_out])
         assert torch.equal(cut.energy_in, basis.energy_in)
+        found[energy] = (cut.rank_in, cut.rank_out)
+    # Of 3 and 5, 14 and 24, 26 and 44, and all.
+    assert found == {0.3: (8, 8), 0.9: (16, 24), 0.999: (30, 48), 1.0: (30, 53)}
     assert not basis.truncate(energy=1.0).is_truncated
+
+
+def test_rounding_takes_no_more_than_there_is(generator):
+    small = make(generator, 6, 9).truncate(energy=0.3)  # 1 and 1 vectors
+    assert (small.rank_in, small.rank_out, small.is_truncated) == (6, 8, True)
+    basis = make(generator, 30, 53)
+    cut = basis.truncate(rank_in=5, rank_out=13).truncate(energy=0.3)  # 3 and 5
+    assert (cut.rank_in, cut.rank_out) == (5, 8)
+
+
+def test_truncate_to_ranks(generator):
+    basis = make(generator)
     cut = basis.truncate(rank_in=2)
     assert (cut.rank_in, cut.rank_out, cut.is_truncated) == (2, 9, True)
     for bad in ({}, {"energy": 0.5, "rank_in": 2}):
@@ -300,8 +318,8 @@ def test_truncate(generator):
 
 
 def test_one_factor(generator, tmp_path):
-    basis = make(generator)
-    for mode, name, size in (("in", "u", 6), ("out", "v", 9)):
+    basis = make(generator, 20, 29)
+    for mode, name, size in (("in", "u", 20), ("out", "v", 29)):
         other = {"in": "out", "out": "in"}[mode]
         one = basis.select(mode == "in", mode == "out")
         assert getattr(one, name).data_ptr() == getattr(basis, name).data_ptr()

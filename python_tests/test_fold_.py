@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import DTYPES, assert_close_to, orthogonal, strided_views
+from cases import DTYPES, assert_close_to, examples, orthogonal, strided_views
 from sparsegrad_kernels.ops import fold_
 
 OP = torch.ops.sparsegrad_kernels.fold_.default
@@ -55,7 +55,7 @@ def test_equals_oracle(dtype, size, n, layout, sides, generator):
     check(weight, u, v, indices, values, layout)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     out=st.integers(1, 24),
     in_=st.integers(1, 24),

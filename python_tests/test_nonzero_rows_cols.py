@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import DTYPES, INTERPRETING, SHAPES, oracle_rows_cols, sparse_matrix, strided_views
+from cases import DTYPES, SHAPES, examples, oracle_rows_cols, sparse_matrix, strided_views
 from sparsegrad_kernels.ops import compact_indices, nonzero_rows_cols
 
 OPS = torch.ops.sparsegrad_kernels
@@ -78,8 +78,7 @@ def test_more_than_one_block_of_flags(generator):
         assert cols.tolist() == wanted[1] + [-1] * (9000 - len(wanted[1]))
 
 
-# Few where Triton's interpreter computes.
-@settings(max_examples=15 if INTERPRETING else 100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     rows=st.integers(0, 40),
     cols=st.integers(0, 40),

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cases import DTYPES, INTERPRETING, SHAPES, oracle_topk, strided_views
+from cases import DTYPES, INTERPRETING, SHAPES, examples, oracle_topk, strided_views
 from sparsegrad_kernels.ops import topk_coo
 from sparsegrad_kernels.ops.topk_coo import SLACK
 
@@ -49,8 +49,12 @@ def test_special_values(dtype, generator):
         check(c, k)
 
 
+# Triton's kernels do not read the threshold.
+SHARES = [1.0] if INTERPRETING else [torch.nan, -1.0, 0.0, 0.5, 1.0, 1.5, 1e6, torch.inf]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("share", [torch.nan, -1.0, 0.0, 0.5, 1.0, 1.5, 1e6, torch.inf])
+@pytest.mark.parametrize("share", SHARES)
 def test_threshold_decides_nothing(dtype, share, generator):
     c = torch.randn(37, 41, generator=generator).to(dtype)
     for k in (1, 30, 2000):
@@ -76,7 +80,7 @@ def test_all_nans_are_equal():
     assert topk_coo(c, 2)[0].tolist() == [[0, 0], [1, 2]]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=examples(200), deadline=None)
 @given(
     rows=st.integers(0, 30),
     cols=st.integers(0, 30),

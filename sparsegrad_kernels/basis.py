@@ -25,6 +25,10 @@ from .config import SparseGradConfig, Target, find_targets, linear_view, wanted_
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
+# Of ranks chosen by energy. Rows of a multiple of 8 numbers of 16 bits start where vectors of 16
+# bytes can be read; with any other rank every product with the factor is far slower on a GPU.
+RANK_MULTIPLE = 8
+
 
 class Basis(nn.Module):
     """Orthogonal factors of the weight gradient, strongest first (paper section 3.1).
@@ -114,6 +118,11 @@ class Basis(nn.Module):
     ) -> Basis:
         """The leading vectors: those that hold `energy` of the total in each mode, or ranks.
 
+        Args:
+            energy: at least this share is kept: the fewest vectors that hold it, rounded up to a
+                multiple of 8, which GPUs multiply fastest, or else all that there are.
+            rank_in, rank_out: how many vectors, taken as given; None: all.
+
         Raises:
             ValueError: `energy` is outside (0, 1], not known, or more than the factors still hold;
                 a rank is outside what there is; neither is given, or both.
@@ -125,7 +134,7 @@ class Basis(nn.Module):
             factor, spectrum = getattr(self, name), getattr(self, f"energy_{mode}")
             limit = 0 if factor is None else factor.shape[0]
             if energy is not None and factor is not None:
-                rank = _energy_rank(f"energy_{mode}", spectrum, energy, limit)
+                rank = energy_rank(f"energy_{mode}", spectrum, energy, limit)
             if rank is not None and not limit:
                 raise ValueError(f"rank_{mode} needs {name}, which this basis has not")
             if rank is not None and not 1 <= rank <= limit:
@@ -223,7 +232,8 @@ def _check_factor(name: str, factor: Tensor) -> None:
         raise ValueError(f"the rows of {name} are not orthonormal")
 
 
-def _energy_rank(name: str, spectrum: Tensor | None, energy: float, limit: int) -> int:
+def energy_rank(name: str, spectrum: Tensor | None, energy: float, limit: int) -> int:
+    """How many of `limit` leading vectors `Basis.truncate` keeps; `name` is the spectrum's."""
     if not 0 < energy <= 1:
         raise ValueError(f"energy must lie in (0, 1], got {energy}")
     if spectrum is None:
@@ -233,7 +243,7 @@ def _energy_rank(name: str, spectrum: Tensor | None, energy: float, limit: int) 
     rank = len(share) if energy == 1 else int((share < energy).sum()) + 1
     if rank > limit:
         raise ValueError(f"energy {energy} needs {rank} vectors, this basis has {limit}")
-    return rank
+    return min(math.ceil(rank / RANK_MULTIPLE) * RANK_MULTIPLE, limit)
 
 
 class _GramHosvd:

@@ -41,8 +41,10 @@ class SparseGradConfig:
         layers: which blocks, by the first number in a module's name: a list of numbers, or a slice
             as a string (`"::3"` is every third, the paper's choice for LLaMA); None: all.
         energy: truncate each basis to the leading vectors that hold this share of the gradient's
-            energy in each mode (design 2.3); None: no truncation.
-        ranks: truncate to `(r_out, r_in)` vectors instead.
+            energy in each mode (design 2.3), their number rounded up to a multiple of 8 as
+            `Basis.truncate` does; None: no truncation.
+        ranks: truncate to `(r_out, r_in)` vectors instead, taken as given; on a GPU multiples of 8
+            are the fastest.
         modes: which of the gradient's modes get a basis; the other is left as it is. "both" is
             the paper's HOSVD; "in" and "out" are one; "smaller" is the one of the smaller side of
             each linear, which in MLP layers is the model's hidden size, not the neurons. That

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .basis import Basis
+from .basis import Basis, energy_rank
 from .linear import SparseGradLinear
 
 if TYPE_CHECKING:
@@ -43,12 +43,6 @@ def topk_energy(matrix: Tensor, k: int) -> float:
     """Share of the squared Frobenius norm that the k largest entries hold; NaN of a zero matrix."""
     squares = matrix.detach().double().square().flatten()
     return (squares.topk(min(k, squares.shape[0])).values.sum() / squares.sum()).item()
-
-
-def rank_for(energy: Tensor, share: float) -> int:
-    """How many of the leading vectors hold `share` of the energy `[n]` (descending)."""
-    held = energy.double().cumsum(0) / energy.double().sum()
-    return min(int((held < share).sum()) + 1, len(energy))
 
 
 @dataclass
@@ -311,7 +305,7 @@ def _draw_spectra(diagnosis: Diagnosis) -> Figure | None:
             left = 1 - energy.cumsum(0) / energy.sum()
             axes.semilogy(range(1, len(energy) + 1), left.clamp_min(1e-6).numpy())
             for share in (0.9, 0.95, 0.99):
-                rank = rank_for(energy, share)
+                rank = energy_rank(f"energy_{mode}", energy, share, len(energy))
                 axes.axvline(rank, color="0.6", linewidth=0.8)
                 axes.annotate(f"{share:g}: {rank}", (rank, 1e-5), rotation=90, fontsize=7)
             axes.set_title(f"{name}: {mode}", fontsize=9)
