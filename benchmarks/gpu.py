@@ -102,7 +102,8 @@ def tests(device: str, backends: Sequence[str]) -> list[Stage]:
         needs = [path for path in arguments if path.endswith(".py")]
         # What fails on the CPU says nothing about the GPU.
         ends = () if name == CPU_TESTS else ["failed"]
-        return Step(f"tests: {name}", [*PYTEST, *arguments], 180, environment, needs, ends)
+        seconds = 100 if name == CPU_TESTS and device == "cuda" else 180
+        return Step(f"tests: {name}", [*PYTEST, *arguments], seconds, environment, needs, ends)
 
     if device == "cpu":
         small = ["-k", "small or graph or waits or stream"]
@@ -115,7 +116,7 @@ def tests(device: str, backends: Sequence[str]) -> list[Stage]:
         stage += [step("CUDA", "cuda", everything, processes=4)]
     if "triton" in backends:  # compiles for long at first
         stage += [step("Triton", "triton", everything, triton, processes=6)]
-    stage += [step(CPU_TESTS, None, *cpu_tests(), processes=3)]
+    stage += [step(CPU_TESTS, None, *cpu_tests(), processes=8)]
     return [stage]
 
 
