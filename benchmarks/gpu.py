@@ -40,6 +40,8 @@ PYTEST = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 SIDE_BY_SIDE = importlib.util.find_spec("xdist") is not None
 SANITIZER_FAILED = "86"
 CPU_TESTS = "the rest, CPU"
+# Of the GPU, or of what a machine without one, or with the packaged models, is like.
+NOT_ON_CPU = {"build", "cuda", "triton_cuda", "triton", "backends", "finetune", "finetune_data"}
 Stage = list[Step]
 FAILURE = ("failed", "timed out", "not run")
 
@@ -50,6 +52,26 @@ found = {{name: (b.loaded, b.reason) for name, b in s.backends().items()}}
 print(json.dumps(found, indent=1))
 assert s.__file__.startswith({site!r}), s.__file__
 assert all(found[name][0] for name in {wanted!r}), "not loaded"
+"""
+
+# Every check of an argument is an exception thrown from a library that was built here. With a
+# compiler whose runtime does not go with torch's that is a crash, of all tests of bad input.
+RAISED = """
+import torch
+for name, backend in __import__("sparsegrad_kernels").backends().items():
+    if name in {wanted!r}:
+        c = torch.ones(2, 2, device="cpu" if name == "cpp" else "cuda")
+        try:
+            torch.ops.sparsegrad_kernels.topk_coo(c, 0)
+        except RuntimeError as error:
+            print(name, "raised:", str(error).partition("\\n")[0])
+        else:
+            raise SystemExit(f"{{name}} raised nothing")
+"""
+COMPILER = r"""
+${{CXX:-c++}} --version | head -1
+for library in {site}/sparsegrad_kernels/*.so; do readelf -d $library | grep NEEDED; done
+ldconfig -p | grep -E 'libstdc|libgcc_s'
 """
 
 
@@ -69,6 +91,7 @@ def build(device: str, wheels: Path | None) -> list[Stage]:
         }
         wanted = ["cpp", "cuda", "triton"]
     check = LOADED.format(site=str(SITE), wanted=wanted)
+    raised = RAISED.format(wanted=[name for name in wanted if name != "triton"])
     stages = [
         [
             Step(
@@ -81,6 +104,10 @@ def build(device: str, wheels: Path | None) -> list[Stage]:
             )
         ],
         [Step("backends", [sys.executable, "-P", "-c", check], 60, ends_run=FAILURE)],
+        [
+            Step("compiler", ["bash", "-c", COMPILER.format(site=SITE)], 20),
+            Step("errors are raised", [sys.executable, "-P", "-c", raised], 60),
+        ],
     ]
     files = sorted(map(str, wheels.glob("*.whl"))) if wheels else []
     if files:
@@ -127,7 +154,7 @@ def cpu_tests(*only: str) -> list[str]:
     kept = []
     for file in sorted((ROOT / "python_tests").glob("test_*.py")):
         name, text = file.stem.removeprefix("test_"), file.read_text()
-        if name in ("build", "cuda", "triton_cuda") or (only and name not in only):
+        if name in NOT_ON_CPU or (only and name not in only):
             continue
         if any(f"import {p}" in text or f"from {p}" in text for p in lacking):
             print(f"   {file.name} is left out: {', '.join(lacking)} absent", flush=True)

@@ -775,6 +775,8 @@ def test_rows_far_apart(op, generator):
     free = torch.cuda.mem_get_info()[0] if ON_GPU else 2**40  # the CPU's pages are never touched
     if free < 24 << 30:
         pytest.skip("less than 24 GB of memory are free")
+    if op in ("sparse_dense_mm", "grad_weight_topk"):  # cuBLAS takes no such stride
+        skip_if_reference(op)
     dtype = torch.bfloat16
     a = torch.randn(2, 70, generator=generator).to(dtype)
     b = torch.randn(70, 9, generator=generator).to(dtype)
@@ -945,6 +947,8 @@ def test_graph_follows_its_inputs(op, dtype, generator):
 @each_op
 def test_runs_on_the_current_stream(op, generator):
     """A kernel on another stream would not wait for its input, nor its output for it."""
+    if op.startswith("_fold_delta_"):  # whose reference adds in an order of chance
+        skip_if_reference(op)
     run, inputs, n_written = example(op, torch.float32, 0.5, generator)
     expected_state = [put(t) for t in inputs]
     expected = listed(run(*expected_state))
