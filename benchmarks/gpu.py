@@ -22,6 +22,7 @@ import json
 import os
 import shutil
 import sys
+import sysconfig
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -228,6 +229,12 @@ def training(device: str, results: str) -> list[Stage]:
     return stages
 
 
+def _without_paths(text: str) -> str:
+    """Where things lie on the machine is of no interest to others."""
+    text = text.replace(f"{ROOT}/", "").replace(sys.executable, "python")
+    return text.replace(f"{sysconfig.get_path('purelib')}/", "")
+
+
 class Record:
     """What is known so far, written anew after each stage."""
 
@@ -252,9 +259,11 @@ class Record:
             "steps": [asdict(outcome) for outcome in self.outcomes],
             "files": [file.name for file in files],
         }
-        Path(f"{self.results}.json").write_text(json.dumps(document, indent=1) + "\n")
+        Path(f"{self.results}.json").write_text(
+            _without_paths(json.dumps(document, indent=1)) + "\n"
+        )
         text = gpu_report.markdown(self.machine, self.verdict, self.outcomes, files)
-        Path(f"{self.results}.md").write_text(text)
+        Path(f"{self.results}.md").write_text(_without_paths(text))
         with self.log.open("w") as out:
             for outcome in self.outcomes:
                 out.write(f"==== {outcome.name}: {outcome.command}\n")
