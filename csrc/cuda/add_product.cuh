@@ -1,4 +1,4 @@
-// The epilogue that adds a product to a matrix.
+// A product that is added to a matrix. Compiled once, for both folds: in add_product.cu.
 #pragma once
 
 #include "product.cuh"
@@ -6,36 +6,8 @@
 
 namespace sparsegrad {
 
+// to = round(to + the product); the outer axes of both operands are contiguous.
 template <class T, class Round>
-struct AddProduct {
-  Matrix<T> weight;
-  Round round;
-
-  __device__ void before(int32_t) const {}
-
-  __device__ T* at(T* data, int32_t row, int32_t col) const {
-    return data + row * weight.row_stride + col * weight.col_stride;
-  }
-
-  template <class Visit>
-  __device__ void operator()(const Visit& visit) const {
-    // All is read before any is written, so that the reads need not wait for one another.
-    visit([&](int32_t row, int32_t col, auto& value, auto& next, bool has_next) {
-      value += static_cast<wide_t<T>>(*at(weight.data, row, col));
-      if (has_next) {
-        next += static_cast<wide_t<T>>(*at(weight.data, row, col + 1));
-      }
-    });
-    T* data = weight.data;
-    asm volatile("" : "+l"(data));  // or the addresses would be kept for the writes: too many
-    visit([&](int32_t row, int32_t col, auto value, auto next, bool has_next) {
-      const int64_t element = row * weight.cols + col;
-      *at(data, row, col) = round(value, *at(data, row, col), element);
-      if (has_next) {
-        *at(data, row, col + 1) = round(next, *at(data, row, col + 1), element + 1);
-      }
-    });
-  }
-};
+void add_product(const Tensor& to, const Product<T>& p, const Round& round);
 
 }  // namespace sparsegrad

@@ -62,4 +62,8 @@ struct CollectProduct {
   }
 };
 
+// Compiled once, with the products that are stored: in products.cu.
+template <class T>
+void collect_product(const Tensor& like, const Product<T>& p, const CollectProduct<T>& epilogue);
+
 }  // namespace sparsegrad

@@ -7,9 +7,6 @@
 //
 // Entries are sorted first, so sums have one order and bits do not vary. |C| and |R| are known on
 // the device only: the way is chosen by what they are at most.
-//
-// SASS: HMMA\.16816\.F32\.BF16, HMMA\.1688\.F32\.TF32
-// SASS sm_90a: HGMMA\.64x128x16\.F32\.BF16
 #include "add_product.cuh"
 #include "sparse_factor.cuh"
 
@@ -107,7 +104,7 @@ void fold_in_basis(
       stream);
 
   const Operand<T> made = operand<T>(factor, 1, false), kept = operand<T>(kept_basis, 1, true);
-  launch_product_as<true, true>(
+  add_product<T>(
       weight,
       Product<T>{
           .a = left_first ? made : kept,
@@ -116,7 +113,7 @@ void fold_in_basis(
           .depths = groups.kept,
           .n_depths = groups.count,
           .tf32 = allows_tf32(weight.scalar_type())},
-      AddProduct<T, Round>{mutable_matrix<T>(weight), round});
+      round);
 }
 
 // ---- The operators ----

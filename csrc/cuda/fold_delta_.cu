@@ -9,7 +9,7 @@
 //
 // Sums have one order, that of delta's elements, so that bits do not vary.
 //
-// SASS: HMMA\.16816\.F32\.BF16, LDG\.E\.128
+// SASS: LDG\.E\.128
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
 
 #include "add_product.cuh"
@@ -165,14 +165,14 @@ void fold_in_basis(
 
   if constexpr (sizeof(T) == 2) {
     const Operand<T> made = operand<T>(factor, 1, false), kept = operand<T>(kept_basis, 1, true);
-    launch_product_as<true, true>(
+    add_product<T>(
         weight,
         Product<T>{
             .a = left_first ? made : kept,
             .b = left_first ? kept : made,
             .depth_size = static_cast<int32_t>(kParts * n_kept),
             .depths = depth},
-        AddProduct<T, Round>{mutable_matrix<T>(weight), round});
+        round);
   } else {
     const Tensor left = torch::stable::transpose(left_first ? factor : kept_basis, 0, 1);
     const Tensor& right = left_first ? kept_basis : factor;

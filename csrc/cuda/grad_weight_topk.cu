@@ -2,9 +2,6 @@
 //
 // A product that stays in the L2 cache is where topk_coo finds it; near a threshold a larger one is
 // not even made: see near.cuh.
-//
-// SASS: HMMA\.16816\.F32\.BF16, HMMA\.1688\.F32\.TF32
-// SASS sm_90a: HGMMA\.64x128x16\.F32\.BF16
 #include "near.cuh"
 
 namespace sparsegrad {

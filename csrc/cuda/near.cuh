@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor> topk_near(
   start_shortlist<<<1, 1, 0, stream>>>(lower, state);
   check_launch();
   product.active = &state->wanted;
-  launch_product_of(
+  collect_product<T>(
       like, product,
       CollectProduct<T>{
           lower, static_cast<int32_t>(n_cols), linear_data,

@@ -1,7 +1,4 @@
 // C = A[rows][:, cols] @ B[cols, :], scattered into zeros (eq. 1).
-//
-// SASS: HMMA\.16816\.F32\.BF16, HMMA\.1688\.F32\.TF32, LDSM\.16\.M88\.4, LDSM\.16\.MT88\.4, LDGSTS\.E\.BYPASS\.128
-// SASS sm_90a: HGMMA\.64x128x16\.F32\.BF16
 #include "store_product.cuh"
 
 namespace sparsegrad {

@@ -1,73 +1,13 @@
-// The epilogue that stores a product, with zeros in the rows that were left out of it.
+// A product as a matrix. Compiled once, for all who want one: in products.cu.
 #pragma once
 
 #include "product.cuh"
 
 namespace sparsegrad {
 
+// out[rows] = the product, the other rows 0. `out` is contiguous. `lists_others`: whether in p.rows
+// the rows that are left out follow those that are kept, up to all of them.
 template <class T>
-struct StoreProduct {
-  T* out;  // [n_out_rows, n_cols], contiguous
-  int32_t n_out_rows, n_cols;
-  const int32_t* rows;  // kept, ascending
-  bool lists_others;    // whether the rows that are left out follow them, up to n_out_rows
-
-  // A warp per row, over the whole grid.
-  __device__ void before(int32_t n_rows) const {
-    if (n_rows == n_out_rows) {
-      return;
-    }
-    const int warps = blockDim.x / 32, warp = blockIdx.x * warps + threadIdx.x / 32;
-    for (int64_t i = warp + (lists_others ? n_rows : 0); i < n_out_rows; i += gridDim.x * warps) {
-      if (lists_others) {
-        clear(rows[i]);
-      } else if (!is_listed(rows, n_rows, i)) {
-        clear(i);
-      }
-    }
-  }
-
-  // By a warp.
-  __device__ void clear(int64_t row) const {
-    constexpr int kVector = 16 / sizeof(T);
-    T* const to = out + row * n_cols;
-    if (n_cols % kVector == 0) {
-      for (int32_t i = threadIdx.x % 32; i < n_cols / kVector; i += 32) {
-        reinterpret_cast<uint4*>(to)[i] = {};
-      }
-      return;
-    }
-    for (int32_t col = threadIdx.x % 32; col < n_cols; col += 32) {
-      to[col] = static_cast<T>(0.0f);
-    }
-  }
-
-  template <class Visit>
-  __device__ void operator()(const Visit& visit) const {
-    struct alignas(2 * sizeof(T)) Pair {
-      T first, second;
-    };
-    visit([&](int32_t row, int32_t col, auto value, auto next, bool has_next) {
-      T* to = out + int64_t{row} * n_cols + col;
-      if (n_cols % 2 == 0) {
-        *reinterpret_cast<Pair*>(to) = {static_cast<T>(value), static_cast<T>(next)};
-        return;
-      }
-      to[0] = static_cast<T>(value);
-      if (has_next) {
-        to[1] = static_cast<T>(next);
-      }
-    });
-  }
-};
-
-// out[rows] = the product, the other rows 0; for `lists_others` see there.
-template <class T>
-void store_product(const Tensor& out, const Product<T>& p, bool lists_others = false) {
-  const StoreProduct<T> epilogue{
-      static_cast<T*>(out.mutable_data_ptr()), static_cast<int32_t>(out.size(0)),
-      static_cast<int32_t>(out.size(1)), p.rows, lists_others};
-  launch_product_of(out, p, epilogue);
-}
+void store_product(const Tensor& out, const Product<T>& p, bool lists_others = false);
 
 }  // namespace sparsegrad

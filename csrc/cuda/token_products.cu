@@ -3,7 +3,7 @@
 // One read of g finds those tokens and sums its columns, in parts of 32 tokens that a second, small
 // kernel adds in their order. The products then gather the tokens.
 //
-// SASS: LDG\.E\.128, VOTE, HMMA\.16816\.F32\.BF16
+// SASS: LDG\.E\.128, VOTE
 #include "pack.cuh"
 #include "store_product.cuh"
 
