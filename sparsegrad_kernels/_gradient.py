@@ -42,73 +42,93 @@ def backward(
     if weight is not None:
         weight = weight.to(g.dtype)
     u, v = (None if factor is None else factor.to(g.dtype) for factor in (u, v))
-    if has_kernel("_token_products", g):
-        return _fused_backward(
-            g, x, weight, u, v, k, size, dtype, bias_dtype, threshold, [*out_shape]
+    fused = has_kernel("_token_products", g)
+    make = _make_fused if fused else _make_sync_free if is_sync_free(g) else _make
+    grad_input, entries, grad_bias = make(g, x, weight, u, v, k, bias_dtype is not None, threshold)
+    if grad_input is not None:
+        grad_input = grad_input.reshape(*out_shape, grad_input.shape[1])
+    grad_sparse = None
+    if entries is not None:
+        indices, values = entries
+        grad_sparse = torch.sparse_coo_tensor(
+            indices, values.to(dtype), size, is_coalesced=True, check_invariants=False
         )
-    rows = None  # the tokens that take part, where they are known and not all
-    if not is_sync_free(g):
-        nonzero_rows, _ = ops.nonzero_rows_cols(g)
-        if nonzero_rows.shape[0] < g.shape[0]:
-            rows = nonzero_rows
-    n_tokens = g.shape[0]
-    if rows is not None:
-        g = g.index_select(0, rows)
-    grad_input = grad_sparse = grad_bias = None
-    if weight is not None:
-        grad_input = _grad_input(g, weight, rows, n_tokens)
-        grad_input = grad_input.reshape(*out_shape, weight.shape[1])
-    if x is not None:
-        if is_sync_free(g):
-            indices, values = sync_free_rotated_grad_topk(g, x, u, v, k, threshold)
-        else:
-            x = x if rows is None else x.index_select(0, rows)
-            indices, values = rotated_grad_topk(g, x, u, v, k)
-        grad_sparse = _coo(indices, values.to(dtype), size)
-    if bias_dtype is not None:
-        grad_bias = g.sum(0).to(bias_dtype)
+    if grad_bias is not None:
+        grad_bias = grad_bias.to(bias_dtype)
     return grad_input, grad_sparse, grad_bias
 
 
-def _coo(indices: Tensor, values: Tensor, size: list[int]) -> Tensor:
-    return torch.sparse_coo_tensor(indices, values, size, is_coalesced=True, check_invariants=False)
+# Gradient of the input `[T, in]`, entries of the sparse one, and gradient of the bias `[out]`.
+_Gradients = tuple[Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None]
 
 
-def _fused_backward(
+def _make(
     g: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
     u: Tensor | None,
     v: Tensor | None,
     k: int,
-    size: list[int],
-    dtype: torch.dtype,
-    bias_dtype: torch.dtype | None,
+    wants_bias: bool,
     threshold: Tensor | None,
-    out_shape: list[int],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """`backward`, its products of tokens made by one operator, which finds the tokens once."""
-    grad_sparse = None
+) -> _Gradients:
+    """Of the tokens that take part alone, which the host knows."""
+    n_tokens, rows = g.shape[0], ops.nonzero_rows_cols(g)[0]
+    is_part = rows.shape[0] < n_tokens
+    if is_part:
+        g = g.index_select(0, rows)
+        x = None if x is None else x.index_select(0, rows)
+    grad_input = None if weight is None else g @ weight
+    if grad_input is not None and is_part:
+        whole = grad_input.new_zeros(n_tokens, grad_input.shape[1])
+        grad_input = whole.index_copy_(0, rows, grad_input)
+    entries = None if x is None else rotated_grad_topk(g, x, u, v, k)
+    return grad_input, entries, g.sum(0) if wants_bias else None
+
+
+def _make_sync_free(
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
+    k: int,
+    wants_bias: bool,
+    threshold: Tensor | None,
+) -> _Gradients:
+    """By operators that find the tokens for themselves."""
+    grad_input = None if weight is None else ops.sparse_dense_mm(g, weight)
+    entries = None if x is None else sync_free_rotated_grad_topk(g, x, u, v, k, threshold)
+    return grad_input, entries, g.sum(0) if wants_bias else None
+
+
+def _make_fused(
+    g: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
+    k: int,
+    wants_bias: bool,
+    threshold: Tensor | None,
+) -> _Gradients:
+    """By one operator for all products of tokens, which finds these once."""
     v_first = u_first = False
     right = None
     if x is not None:
         v_first, u_first = _rotated_first(g.shape[0], g.shape[1], x.shape[1], u, v)
         right = x if u is None or not u_first else x @ u.T
     grad_input, product, grad_bias = token_products(
-        g, None if v_first else right, weight, bias_dtype is not None
+        g, None if v_first else right, weight, wants_bias
     )
+    entries = None
     if right is not None:
         if v is not None and v_first:
             # So short a basis that finding the tokens once more would take longer.
             product = (g @ v.T).T @ right
         rotated = _rotate(product, None if u_first else u, None if v_first else v)
-        indices, values = ops.topk_coo(rotated, k, threshold)
-        grad_sparse = _coo(indices, values.to(dtype), size)
-    return (
-        None if weight is None else grad_input.reshape(*out_shape, weight.shape[1]),
-        grad_sparse,
-        None if bias_dtype is None else grad_bias.to(bias_dtype),
-    )
+        entries = ops.topk_coo(rotated, k, threshold)
+    return None if weight is None else grad_input, entries, grad_bias if wants_bias else None
 
 
 def _rotated_first(
@@ -148,15 +168,6 @@ def _rotate(product: Tensor, u: Tensor | None, v: Tensor | None) -> Tensor:
     if r_out * in_ * (out + r_in) <= out * r_in * (in_ + r_out):
         return (v @ product) @ u.T
     return v @ (product @ u.T)
-
-
-def _grad_input(g: Tensor, weight: Tensor, rows: Tensor | None, n_tokens: int) -> Tensor:
-    if is_sync_free(g):
-        return ops.sparse_dense_mm(g, weight)
-    grad_input = g @ weight
-    if rows is None:
-        return grad_input
-    return grad_input.new_zeros(n_tokens, weight.shape[1]).index_copy_(0, rows, grad_input)
 
 
 def _chain_cost(a: int, b: int, c: int, d: int) -> int:
