@@ -8,6 +8,8 @@ device: shapes are those of all tokens, and the kernels skip what is zero.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,8 @@ def backward(
     u, v = (None if factor is None else factor.to(g.dtype) for factor in (u, v))
     fused = has_kernel("_token_products", g)
     make = _make_fused if fused else _make_sync_free if is_sync_free(g) else _make
-    grad_input, entries, grad_bias = make(g, x, weight, u, v, k, bias_dtype is not None, threshold)
+    asked = _Asked(g, x, weight, u, v, k, bias_dtype is not None, threshold)
+    grad_input, entries, grad_bias = make(asked)
     if grad_input is not None:
         grad_input = grad_input.reshape(*out_shape, grad_input.shape[1])
     grad_sparse = None
@@ -58,21 +61,26 @@ def backward(
     return grad_input, grad_sparse, grad_bias
 
 
+class _Asked(NamedTuple):
+    """Matrices of all tokens, in one dtype; a gradient is made where what it needs is not None."""
+
+    g: Tensor
+    x: Tensor | None
+    weight: Tensor | None
+    u: Tensor | None
+    v: Tensor | None
+    k: int
+    wants_bias: bool
+    threshold: Tensor | None
+
+
 # Gradient of the input `[T, in]`, entries of the sparse one, and gradient of the bias `[out]`.
 _Gradients = tuple[Tensor | None, tuple[Tensor, Tensor] | None, Tensor | None]
 
 
-def _make(
-    g: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    u: Tensor | None,
-    v: Tensor | None,
-    k: int,
-    wants_bias: bool,
-    threshold: Tensor | None,
-) -> _Gradients:
+def _make(asked: _Asked) -> _Gradients:
     """Of the tokens that take part alone, which the host knows."""
+    g, x, weight, u, v, k, wants_bias, _ = asked
     n_tokens, rows = g.shape[0], ops.nonzero_rows_cols(g)[0]
     is_part = rows.shape[0] < n_tokens
     if is_part:
@@ -86,33 +94,17 @@ def _make(
     return grad_input, entries, g.sum(0) if wants_bias else None
 
 
-def _make_sync_free(
-    g: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    u: Tensor | None,
-    v: Tensor | None,
-    k: int,
-    wants_bias: bool,
-    threshold: Tensor | None,
-) -> _Gradients:
+def _make_sync_free(asked: _Asked) -> _Gradients:
     """By operators that find the tokens for themselves."""
+    g, x, weight, u, v, k, wants_bias, threshold = asked
     grad_input = None if weight is None else ops.sparse_dense_mm(g, weight)
     entries = None if x is None else sync_free_rotated_grad_topk(g, x, u, v, k, threshold)
     return grad_input, entries, g.sum(0) if wants_bias else None
 
 
-def _make_fused(
-    g: Tensor,
-    x: Tensor | None,
-    weight: Tensor | None,
-    u: Tensor | None,
-    v: Tensor | None,
-    k: int,
-    wants_bias: bool,
-    threshold: Tensor | None,
-) -> _Gradients:
+def _make_fused(asked: _Asked) -> _Gradients:
     """By one operator for all products of tokens, which finds these once."""
+    g, x, weight, u, v, k, wants_bias, threshold = asked
     v_first = u_first = False
     right = None
     if x is not None:
