@@ -34,6 +34,9 @@ CXX_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-
 CXX_FLAGS += ["-fno-math-errno", "-fno-trapping-math"]  # as torch: or sqrt is no vector operation
 NVCC_FLAGS = ["-std=c++20", "-O3", "-DNDEBUG", "-DUSE_CUDA", "--expt-relaxed-constexpr"]
 NVCC_FLAGS += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+# A compiler may bring its C++ runtime as an archive only. Exported, half of it would take the place
+# of the runtime that torch loaded, and what throws or formats a number would crash.
+HIDE_ARCHIVES = "--exclude-libs=ALL"
 
 
 def sources(*patterns: str) -> list[str]:
@@ -112,7 +115,8 @@ class BuildKernels(build_ext):
             "CUDA_ARCHITECTURES": "" if "cuda" in WHY_NOT else toolchain.cuda_architectures(),
         }
         flags += [f"-DSPARSEGRAD_{name}={json.dumps(value)}" for name, value in build_info.items()]
-        libraries = ["-ltorch_cpu", *shlex.split(os.environ.get("LDFLAGS", ""))]
+        libraries = ["-ltorch_cpu", f"-Wl,{HIDE_ARCHIVES}"]
+        libraries += shlex.split(os.environ.get("LDFLAGS", ""))
         return toolchain.find_cxx()[0], flags, libraries
 
     def nvcc(self) -> tuple[list[str], list[str], list[str]]:
@@ -120,6 +124,7 @@ class BuildKernels(build_ext):
         # Under a CUDA torch libtorch needs libtorch_cuda, and so lends it to this library, which
         # therefore also links, and later loads, where it was built beside a CPU-only torch.
         libraries = ["-cudart=shared", "-Xlinker=--no-as-needed", "-ltorch", "-ltorch_cpu"]
+        libraries.append(f"-Xlinker={HIDE_ARCHIVES}")
         libraries += architectures
         return toolchain.find_nvcc()[0], [*NVCC_FLAGS, *architectures], libraries
 

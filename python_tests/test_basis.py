@@ -373,6 +373,24 @@ def test_matching_leaves_the_original(generator):
     assert not half.matches(basis.u)
 
 
+def test_casts_are_kept_and_never_stale(generator):
+    basis = Basis(orthogonal(6, generator), orthogonal(9, generator))
+    assert basis.factor("u", basis.u.dtype) is basis.u
+    assert basis.select(True, False).factor("v", torch.bfloat16) is None
+    kept = basis.factor("u", torch.bfloat16)
+    assert kept.dtype == torch.bfloat16 and basis.factor("u", torch.bfloat16) is kept
+    assert torch.equal(kept, basis.u.bfloat16())
+    assert basis.factor("v", torch.bfloat16).shape == (9, 9)
+    assert basis.factor("u", torch.float16).dtype == torch.float16
+    basis.u.neg_()
+    assert torch.equal(basis.factor("u", torch.bfloat16), -kept)
+    basis.u = orthogonal(6, generator)
+    assert torch.equal(basis.factor("u", torch.bfloat16), basis.u.bfloat16())
+    for other in (copy.deepcopy(basis), basis.float()):
+        assert not other._casts
+        assert torch.equal(other.factor("u", torch.bfloat16), basis.u.bfloat16())
+
+
 def test_bad_factors(generator):
     u, v = orthogonal(4, generator), orthogonal(5, generator)
     with pytest.raises(ValueError, match="the rows of u are not orthonormal"):

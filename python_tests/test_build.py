@@ -374,6 +374,28 @@ def test_isolated_install_without_a_compiler(isolated, source, tmp_path):
 
 
 @pytest.mark.slow
+def test_errors_are_raised_with_a_runtime_of_its_own(source):
+    """With libstdc++ linked in, as by compilers that have it as an archive only."""
+    environment = {**os.environ, "SPARSEGRAD_BUILD": "cpu", "LDFLAGS": "-static-libstdc++"}
+    build = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    done = subprocess.run(build, cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    raising = """
+import torch, sparsegrad_kernels
+try:
+    torch.ops.sparsegrad_kernels.topk_coo(torch.ones(2, 2), 0)
+except RuntimeError as error:
+    print(sparsegrad_kernels.__file__, error)
+"""
+    environment = {**os.environ, "SPARSEGRAD_BACKEND": "cpp", "PYTHONPATH": str(source)}
+    run = [sys.executable, "-c", raising]
+    done = subprocess.run(run, cwd=source, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "k must be at least 1, got 0" in done.stdout
+    assert str(source) in done.stdout
+
+
+@pytest.mark.slow
 def test_isolated_install_of_the_sdist(isolated, environments, source, tmp_path):
     code = f"import setuptools.build_meta as b; print(b.build_sdist({str(tmp_path)!r}))"
     python = environments[TORCH_VERSIONS[0]]

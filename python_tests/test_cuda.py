@@ -528,6 +528,24 @@ def test_fold_delta_as_tf32(keep, size, generator):
 
 
 @delta_sizes
+@pytest.mark.parametrize("keep", [0.0, 0.01, 1.0], ids=["zero", "sparse", "dense"])
+def test_fold_delta_in_bfloat16(keep, size, generator):
+    """Bases in bfloat16, weight and delta in float32: the update alone is rounded."""
+    arguments, _ = fold_delta_arguments(size, torch.float32, "both", keep, generator)
+    arguments[2:] = (basis.bfloat16() for basis in arguments[2:])
+    oracle, scale = fold_delta_oracle(*arguments)
+    of_update = 4 * TOLERANCE[torch.bfloat16] * (scale - arguments[0].double().abs())
+    limit = of_update + 2 * TOLERANCE[torch.float32] * scale
+    for of_weight, of_delta, of_bases in itertools.product(
+        ("contiguous", "transposed", "sliced"), repeat=3
+    ):
+        weight, delta = in_layout(arguments[0], of_weight), in_layout(arguments[1], of_delta)
+        fold_delta(weight, delta, *(in_layout(t, of_bases) for t in arguments[2:]), 9, None)
+        assert not delta.any()
+        assert bool(((weight.cpu().double() - oracle).abs() <= limit).all())
+
+
+@delta_sizes
 @pytest.mark.parametrize("sides", ["in", "out", "none"])
 def test_fold_delta_in_mixed_layouts(sides, size, generator):
     arguments, full = fold_delta_arguments(size, torch.float32, sides, 0.05, generator)
@@ -619,6 +637,14 @@ def test_fold_delta_refuses_what_does_not_fit_small(sides, generator):
         (weight, delta[0], u, v, 9, None),
         (weight, delta, u, v, 9, torch.tensor([3], device=DEVICE)),  # float32 is not rounded
     ]
+    if sides == "both":
+        wrong += [
+            (weight, delta, u.bfloat16(), v, 9, None),
+            (weight, delta, u, v.bfloat16(), 9, None),
+        ]
+    elif sides != "none":  # with one basis entries are picked, not rounded
+        one = [None if t is None else t.bfloat16() for t in (u, v)]
+        wrong.append((weight, delta, *one, 9, None))
     before = weight.clone(), delta.clone()
     for bad in wrong:
         with pytest.raises(RuntimeError):

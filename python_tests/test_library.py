@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import sparsegrad_kernels  # noqa: F401  (defines the operators)
+from sparsegrad_kernels import ops
+from sparsegrad_kernels.ops._library import without_autocast
 
 ALLOW_TF32 = torch.ops.sparsegrad_kernels._allow_tf32.default
 matmul = torch.backends.cuda.matmul
@@ -61,3 +62,15 @@ def test_tf32_flag_is_read_in_any_thread_and_mode(flags):
             assert other.submit(ALLOW_TF32).result() is on
             with FakeTensorMode(), torch.inference_mode():
                 assert ALLOW_TF32() is on
+
+
+def test_operators_leave_autocast_as_it_was(generator):
+    c = torch.randn(4, 5, generator=generator)
+    for enabled in (True, False):
+        with torch.autocast("cpu", enabled=enabled):
+            assert without_autocast("cpu", torch.matmul, c, c.T).dtype == torch.float32
+            ops.topk_coo(c, 3)
+            with pytest.raises(RuntimeError):
+                without_autocast("cpu", torch.matmul, c, c)
+            assert torch.is_autocast_enabled("cpu") == enabled
+    assert not torch.is_autocast_enabled("cpu")

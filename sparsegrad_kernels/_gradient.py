@@ -41,9 +41,7 @@ def backward(
     g = g.reshape(-1, g.shape[-1])  # [T, out]
     if x is not None:
         x = x.reshape(-1, x.shape[-1])  # [T, in]
-    if weight is not None:
-        weight = weight.to(g.dtype)
-    u, v = (None if factor is None else factor.to(g.dtype) for factor in (u, v))
+    weight, u, v = (None if t is None else t.to(g.dtype) for t in (weight, u, v))
     fused = has_kernel("_token_products", g)
     make = _make_fused if fused else _make_sync_free if is_sync_free(g) else _make
     asked = _Asked(g, x, weight, u, v, k, bias_dtype is not None, threshold)
@@ -253,8 +251,11 @@ def fold_delta(
 ) -> None:
     """`weight += V^T delta U`, then `delta` is zero, in place; about k entries are not zero.
 
-    With a `seed` the weight is rounded stochastically, and the seed is another afterwards.
+    Where both `u` and `v` are bfloat16 and the weight is float32, the update is made in bfloat16 if
+    a kernel is there for it. With a `seed` the weight is rounded stochastically, and the seed is
+    another afterwards.
     """
+    u, v = (None if factor is None else factor.to(weight.dtype) for factor in (u, v))
     if is_sync_free(delta):
         _sync_free_fold(weight, delta, u, v, k, seed)
     else:

@@ -13,7 +13,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from safetensors import safe_open
@@ -28,6 +28,12 @@ LossFn = Callable[[nn.Module, Any], Tensor]
 # Of ranks chosen by energy. Rows of a multiple of 8 numbers of 16 bits start where vectors of 16
 # bytes can be read; with any other rank every product with the factor is far slower on a GPU.
 RANK_MULTIPLE = 8
+
+
+class _Cast(NamedTuple):
+    factor: Tensor
+    version: int  # of `factor` when it was cast
+    cast: Tensor
 
 
 class Basis(nn.Module):
@@ -59,7 +65,7 @@ class Basis(nn.Module):
         energy_in: Tensor | None = None,
         energy_out: Tensor | None = None,
     ) -> None:
-        super().__init__()
+        self._set_up()
         if u is None and v is None:
             raise ValueError("a basis needs u or v: without both a layer takes basis=None")
         if u is not None and v is not None and (u.dtype != v.dtype or u.device != v.device):
@@ -84,6 +90,10 @@ class Basis(nn.Module):
             # Rows in one piece, as the fold reads them: `qr` and `eigh` return columns.
             value = None if tensor is None else tensor.detach().contiguous()
             self.register_buffer(name, value, persistent=False)
+
+    def _set_up(self) -> None:
+        super().__init__()
+        self._casts: dict[str, _Cast] = {}
 
     @property
     def rank_in(self) -> int | None:
@@ -153,7 +163,7 @@ class Basis(nn.Module):
         if (mode_in and self.u is None) or (mode_out and self.v is None):
             raise ValueError(f"the basis has no {'u' if self.u is None else 'v'}")
         chosen = Basis.__new__(Basis)
-        nn.Module.__init__(chosen)
+        chosen._set_up()
         for name, buffer in self._buffers.items():
             wanted = mode_in if name in ("u", "energy_in") else mode_out
             chosen.register_buffer(name, buffer if wanted else None, persistent=False)
@@ -168,7 +178,7 @@ class Basis(nn.Module):
         """Another basis with the tensor's device and dtype; memory is shared where it can be."""
         # A basis rounded to half precision is not orthonormal to the last bit: no check again.
         copied = Basis.__new__(Basis)
-        nn.Module.__init__(copied)
+        copied._set_up()
         for name, buffer in self._buffers.items():
             value = None
             if buffer is not None:
@@ -176,6 +186,32 @@ class Basis(nn.Module):
                 value = buffer.to(tensor.device, dtype)
             copied.register_buffer(name, value, persistent=False)
         return copied
+
+    def factor(self, name: Literal["u", "v"], dtype: torch.dtype) -> Tensor | None:
+        """`u` or `v` in `dtype`; a cast is kept, for all layers of a group ask at every step."""
+        factor = self._buffers[name]
+        if factor is None or factor.dtype == dtype:
+            return factor
+        kept = self._casts.get(name)
+        if (
+            kept is not None
+            and kept.factor is factor
+            and kept.version == factor._version
+            and kept.cast.dtype == dtype
+        ):
+            return kept.cast
+        made = factor.to(dtype)
+        # What a CUDA graph makes while it is captured holds nothing before the graph is replayed.
+        if not (factor.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self._casts[name] = _Cast(factor, factor._version, made)
+        return made
+
+    def _apply(self, fn, recurse: bool = True):
+        self._casts.clear()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_casts": {}}
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, without those not known."""

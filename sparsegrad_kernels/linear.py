@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ._gradient import backward, fold_delta
 from .basis import Basis
-from .ops._library import define, multiplying_as_tf32
+from .ops._library import define, has_kernel, multiplying_as_tf32, without_autocast
 
 WeightSpace = Literal["original", "transformed"]
 
@@ -100,11 +100,10 @@ class SparseGradFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor):
-        x, weight, u, v = ctx.saved_tensors
-        with torch.autocast(g.device.type, enabled=False):
-            grad_input, grad_sparse, grad_bias = backward(
-                g, x, weight, u, v, ctx.k, ctx.size, ctx.dtype, ctx.bias_dtype, ctx.threshold
-            )
+        settings = (ctx.k, ctx.size, ctx.dtype, ctx.bias_dtype, ctx.threshold)
+        grad_input, grad_sparse, grad_bias = without_autocast(
+            g.device.type, backward, g, *ctx.saved_tensors, *settings
+        )
         return grad_input, None, grad_bias, grad_sparse, None, None, None, None
 
 
@@ -151,8 +150,9 @@ class SparseGradLinear(nn.Module):
     and the parameter `weight [r_out, r_in]` is `W~ = V W U^T`, which receives the COO gradient. Its
     `state_dict` holds the basis too, since the weight means nothing without it.
 
-    After a forward pass in bfloat16 or float16 (autocast) a GPU folds in tf32, which holds more
-    digits than the gradient does.
+    After a forward pass in bfloat16 (autocast) a GPU folds updates in a basis of both modes by
+    products in bfloat16, after one in float16 by tf32: the update has then the digits that its
+    gradient had, and the weight its own.
 
     Both spaces give the same training. Each backward keeps the k largest entries of its own
     gradient; several before a step add up, as sparse gradients do, to the union of their entries.
@@ -251,8 +251,8 @@ class SparseGradLinear(nn.Module):
         self.k = self._resolve_k(k, density, shape)
         # The optimizer's write into `delta` is noticed by its version; None: look at its content.
         self._folded_version: int | None = None
-        # Whether the last forward was in 16 bits: tf32 is then precise enough for the update.
-        self._narrow = False
+        # Of the last forward. After one in 16 bits the update needs no more digits than those.
+        self._computes_in: torch.dtype | None = None
         # Shared by all layers of a group, also through `.to(device)`: a submodule is moved once.
         if basis is not None and not basis.matches(weight):
             basis = basis.matching(weight)
@@ -316,6 +316,15 @@ class SparseGradLinear(nn.Module):
         """Output basis `[r_out, out]`, or None: the identity."""
         return None if self.basis is None else self.basis.v
 
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+        """`u` and `v`, in the dtype that the backward pass computes in."""
+        basis = self.basis
+        if basis is None:
+            return None, None
+        if torch.compiler.is_compiling():
+            return basis.u, basis.v
+        return basis.factor("u", dtype), basis.factor("v", dtype)
+
     @property
     def weight(self) -> nn.Parameter:
         """`W [out, in]` with all updates folded in, or `W~ [r_out, r_in]` (transformed space)."""
@@ -338,9 +347,13 @@ class SparseGradLinear(nn.Module):
             with torch.no_grad():
                 _fold_delta_op(self._parameters["weight"], delta, self.u, self.v, self.k, self.seed)
         elif delta._version != self._folded_version:
-            as_tf32 = self._narrow and self.u is not None and self.v is not None
+            weight, u, v = cast(Tensor, self._parameters["weight"]), self.u, self.v
+            is_narrow = self._computes_in in (torch.bfloat16, torch.float16)
+            as_tf32 = is_narrow and u is not None and v is not None
+            if as_tf32 and self._computes_in is torch.bfloat16 and _folds_rounded(weight):
+                as_tf32, (u, v) = False, self._factors(torch.bfloat16)
             with torch.no_grad(), multiplying_as_tf32(as_tf32):
-                _fold_delta_op(self._parameters["weight"], delta, self.u, self.v, self.k, self.seed)
+                _fold_delta_op(weight, delta, u, v, self.k, self.seed)
             self._folded_version = delta._version
 
     @torch.no_grad()
@@ -379,16 +392,18 @@ class SparseGradLinear(nn.Module):
             x = x.to(torch.get_autocast_dtype(device_type))
         if self.weight_space == "original":
             self.fold()
-            self._narrow = x.dtype in (torch.bfloat16, torch.float16)
+            self._computes_in = x.dtype
             weight = self._parameters["weight"]
-            return _linear(x, weight, self.bias, self.delta, self.u, self.v, self.k, self.threshold)
+            u, v = self._factors(x.dtype)
+            return _linear(x, weight, self.bias, self.delta, u, v, self.k, self.threshold)
         weight = self._parameters["weight"]
         if self.basis is None:
             return _linear(x, weight, self.bias, weight, None, None, self.k, self.threshold)
-        x_rotated = x if self.u is None else F.linear(x, self.u.to(x.dtype))
+        u, v = self._factors(x.dtype)
+        x_rotated = x if u is None else F.linear(x, u.to(x.dtype))
         y = _linear(x_rotated, weight, None, weight, None, None, self.k, self.threshold)
-        if self.v is not None:
-            y = y @ self.v.to(x.dtype)
+        if v is not None:
+            y = y @ v.to(x.dtype)
         if self.residual is not None:
             y = y + F.linear(x, self.residual.to(x.dtype))
         return y if self.bias is None else y + self.bias.to(y.dtype)
@@ -463,6 +478,11 @@ class SparseGradLinear(nn.Module):
             if prefix + "weight" in state_dict:  # it replaces the weight that delta belongs to
                 with torch.no_grad():
                     self.delta.zero_()
+
+
+def _folds_rounded(weight: Tensor) -> bool:
+    """Whether the kernel that folds this weight takes bases in bfloat16."""
+    return weight.dtype is torch.float32 and has_kernel("_fold_delta_", weight)
 
 
 def _linear(*args) -> Tensor:

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from . import ops
 from .ops._library import is_sync_free
+from .ops.sparse_adam_ import update_
 
 _FUSED_DEVICES = ("cpu", "cuda")
 
@@ -91,7 +91,8 @@ class SparseAdam(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            dense = []
+            dense: list[Tensor] = []
+            sparse: list[Tensor] = []
             for param in group["params"]:
                 if param.grad is None:
                     continue
@@ -101,32 +102,35 @@ class SparseAdam(Optimizer):
                     state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                     state["exp_avg"] = torch.zeros_like(param)
                     state["exp_avg_sq"] = torch.zeros_like(param)
-                if param.grad.layout is torch.sparse_coo:
-                    self._sparse_step(param, state, group)
-                else:
-                    dense.append(param)
+                (sparse if param.grad.layout is torch.sparse_coo else dense).append(param)
+            if sparse:
+                self._sparse_step(sparse, group)
             if dense:
                 self._dense_step(dense, group)
         return loss
 
-    def _sparse_step(self, param: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-        expected = getattr(param, "sparse_grad_entries", None)
-        indices, values = unique_entries(cast(Tensor, param.grad), expected)
-        state["step"] += 1
-        capturable = group["capturable"]
-        beta1, beta2 = group["betas"]
-        ops.sparse_adam_(
-            param,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            indices,
-            values,
-            state["step"] if capturable else int(state["step"]),
-            group["lr"] if capturable else float(group["lr"]),
-            beta1,
-            beta2,
-            group["eps"],
-        )
+    def _sparse_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        states = [self.state[param] for param in params]
+        torch._foreach_add_([state["step"] for state in states], 1)
+        capturable, lr, (beta1, beta2) = group["capturable"], group["lr"], group["betas"]
+        rates: dict[torch.device, float | Tensor] = {}
+        for param, state in zip(params, states, strict=True):
+            if param.device not in rates:
+                rates[param.device] = _rate(lr, param.device) if capturable else float(lr)
+            expected = getattr(param, "sparse_grad_entries", None)
+            indices, values = unique_entries(cast(Tensor, param.grad), expected)
+            update_(
+                param,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                indices,
+                values,
+                state["step"] if capturable else int(state["step"]),
+                rates[param.device],
+                beta1,
+                beta2,
+                group["eps"],
+            )
 
     def _dense_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """AdamW's, in one pass over each parameter where torch has that for its device."""
@@ -134,7 +138,8 @@ class SparseAdam(Optimizer):
         fused = all(param.device.type in _FUSED_DEVICES for param in params)
         if fused:  # wants the counters where the parameters are
             for param, state in zip(params, states, strict=True):
-                state["step"] = state["step"].to(param.device)
+                if state["step"].device != param.device:
+                    state["step"] = state["step"].to(param.device)
         beta1, beta2 = group["betas"]
         adamw(
             params,
@@ -154,6 +159,13 @@ class SparseAdam(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _rate(lr: float | Tensor, device: torch.device) -> Tensor:
+    """As a tensor, so that a step with it can be captured."""
+    if isinstance(lr, Tensor):
+        return lr
+    return torch.full((), lr, dtype=torch.float64, device=device)
 
 
 def _norm_of_sparse(x: Tensor, ord=2, dim=None, keepdim=False, *, dtype=None) -> Tensor:

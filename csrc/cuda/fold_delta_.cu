@@ -5,15 +5,15 @@
 // all: see delta_times.cuh. With both, it makes the factor delta^T V or delta U, whichever takes
 // fewer multiply-adds, and the dense product of that and the other basis is added to W: on the
 // tensor cores here for 16 bits, else by torch. k decides on that only: any delta is right. Where
-// float32 may be multiplied as tf32, torch's dense products do all.
+// float32 may be multiplied as tf32, torch's dense products do all; and those of bfloat16 where both
+// bases come in bfloat16 to a float32 weight.
 //
 // Sums have one order, that of delta's elements, so that bits do not vary.
 //
 // SASS: LDG\.E\.128
-#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
-
 #include "add_product.cuh"
 #include "compacted.cuh"
+#include "delta_rounded.cuh"
 #include "delta_rows.cuh"
 #include "delta_strips.cuh"
 
@@ -122,17 +122,7 @@ void launch_add_delta(const Matrix<T>& delta, const AddTo<T, Round>& to, cudaStr
 // and much less where entries lie in few rows or columns, as those of a good basis do.
 void fold_densely(
     const Tensor& weight, const Tensor& delta, const Tensor& u, const Tensor& v) {
-  const int64_t n_out = weight.size(0), n_in = weight.size(1);
-  const int64_t r_out = delta.size(0), r_in = delta.size(1);
-  const bool left_first = n_out * r_in * (r_out + n_in) <= r_out * n_in * (r_in + n_out);
-  const Tensor v_t = torch::stable::transpose(v, 0, 1);
-  const Tensor factor = left_first ? torch::stable::new_empty(weight, {n_out, r_in})
-                                   : torch::stable::new_empty(weight, {r_out, n_in});
-  const Tensor &first = left_first ? v_t : delta, &second = left_first ? delta : u;
-  const Tensor &left = left_first ? factor : v_t, &right = left_first ? u : factor;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_mm_out(factor.get(), first.get(), second.get()));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_cuda_addmm_out(
-      weight.get(), weight.get(), left.get(), right.get(), 1.0, 1.0));
+  multiply_densely(weight, delta, u, v, true);
   Tensor written = delta;
   torch::stable::zero_(written);
 }
@@ -183,6 +173,12 @@ void fold_in_basis(
 
 // ---- The operator ----
 
+bool has_rounded_bases(
+    const Tensor& weight, const std::optional<Tensor>& u, const std::optional<Tensor>& v) {
+  return u.has_value() && v.has_value() && weight.scalar_type() == ScalarType::Float &&
+         u->scalar_type() == ScalarType::BFloat16;
+}
+
 void check_fold_delta(
     const Tensor& weight, const Tensor& delta, const std::optional<Tensor>& u,
     const std::optional<Tensor>& v) {
@@ -190,12 +186,14 @@ void check_fold_delta(
   check_sizes("delta", delta);
   check_dtype("delta", delta, weight.scalar_type());
   check_device("delta", delta, weight);
+  const ScalarType of_bases =
+      has_rounded_bases(weight, u, v) ? ScalarType::BFloat16 : weight.scalar_type();
   const std::tuple<const char*, const std::optional<Tensor>&, int> bases[] = {
       {"v", v, 0}, {"u", u, 1}};
   for (const auto& [name, basis, axis] : bases) {
     if (basis.has_value()) {
       check_sizes(name, *basis);
-      check_dtype(name, *basis, weight.scalar_type());
+      check_dtype(name, *basis, of_bases);
       check_device(name, *basis, weight);
       check_size(name, basis->size(1), weight.size(axis));
     }
@@ -243,7 +241,9 @@ void fold_delta_(
   mark_written(delta);
   const DeviceGuard on_device(weight.get_device_index());
   const NoGrad no_grad;
-  if (weight.numel() == 0) {  // where delta need not be empty
+  if (weight.numel() > 0 && delta.numel() > 0 && has_rounded_bases(weight, u, v)) {
+    fold_rounded(weight, delta, *u, *v, current_stream(weight));
+  } else if (weight.numel() == 0) {  // where delta need not be empty
     Tensor nothing = delta;
     torch::stable::zero_(nothing);
   } else if (delta.numel() > 0 && !seed.has_value()) {

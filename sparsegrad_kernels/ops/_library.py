@@ -42,10 +42,10 @@ def allows_tf32() -> bool:
 def multiplying_as_tf32(wanted: bool) -> Iterator[None]:
     """If `wanted`, let torch and the kernels multiply float32 matrices as tf32 meanwhile."""
     matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if not wanted or before == "tf32":
+    if not wanted or matmul.fp32_precision == "tf32":
         yield
         return
+    before = matmul.fp32_precision
     matmul.fp32_precision = "tf32"
     try:
         yield
@@ -56,6 +56,23 @@ def multiplying_as_tf32(wanted: bool) -> Iterator[None]:
 # For the compiled kernels, to which torch's stable ABI does not give the flag.
 torch.library.define(f"{NAMESPACE}::_allow_tf32", "() -> bool")
 torch.library.impl(f"{NAMESPACE}::_allow_tf32", "CompositeExplicitAutograd", allows_tf32)
+
+
+def without_autocast(device_type: str, f: Callable[..., Any], *args: Any) -> Any:
+    """`f(*args)`, whose operators compute in their arguments' dtype.
+
+    `torch.autocast` takes ten times as long to enter, which every operator of every step would pay.
+    """
+    if not torch.is_autocast_enabled(device_type):
+        return f(*args)
+    if torch.compiler.is_compiling():
+        with torch.autocast(device_type, enabled=False):
+            return f(*args)
+    torch.set_autocast_enabled(device_type, False)
+    try:
+        return f(*args)
+    finally:
+        torch.set_autocast_enabled(device_type, True)
 
 
 def define(
@@ -74,12 +91,7 @@ def define(
     overload = getattr(getattr(torch.ops, NAMESPACE), name).default
 
     def call(tensor: Tensor, *args: Any) -> Any:
-        # The operators compute in their arguments' dtype: autocast would change it inside them.
-        device_type = tensor.device.type
-        if torch.is_autocast_enabled(device_type):
-            with torch.autocast(device_type, enabled=False):
-                return overload(tensor, *args)
-        return overload(tensor, *args)
+        return without_autocast(tensor.device.type, overload, tensor, *args)
 
     return call
 
@@ -111,6 +123,4 @@ def _is_compiled(name: str) -> bool:
     from .._backends import backends
 
     # Triton's interpreter serves the CPU too, and does not look at the indices.
-    if not backends()["cpp"].loaded:
-        return False
-    return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", "CPU")
+    return backends()["cpp"].loaded and _is_registered(name, "CPU")
