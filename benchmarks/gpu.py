@@ -131,7 +131,7 @@ def tests(device: str, backends: Sequence[str]) -> list[Stage]:
         needs = [path for path in arguments if path.endswith(".py")]
         # What fails on the CPU says nothing about the GPU.
         ends = () if name == CPU_TESTS else ["failed"]
-        seconds = 100 if name == CPU_TESTS and device == "cuda" else 180
+        seconds = 130 if name == CPU_TESTS and device == "cuda" else 180
         return Step(f"tests: {name}", [*PYTEST, *arguments], seconds, environment, needs, ends)
 
     if device == "cpu":

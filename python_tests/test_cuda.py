@@ -31,8 +31,14 @@ dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6
 # [tokens, out_features, in_features]: one block and less; many blocks, none of them full.
 SIZES = {"small": (37, 21, 19), "large": (515, 1037, 390)}
 sizes = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
-# And of which vectors of 16 bytes can be read.
-PRODUCT_SIZES = {**SIZES, "small_aligned": (40, 24, 16), "large_aligned": (520, 1040, 392)}
+# And of which vectors of 16 bytes can be read; with few tiles, of which blocks share the depth.
+PRODUCT_SIZES = {
+    **SIZES,
+    "small_aligned": (40, 24, 16),
+    "large_aligned": (520, 1040, 392),
+    "deep_aligned": (48, 3104, 40),
+    "long_aligned": (3104, 48, 40),
+}
 product_sizes = pytest.mark.parametrize("size", PRODUCT_SIZES.values(), ids=PRODUCT_SIZES)
 HYPER = (2**-7, 0.9, 0.99, 1e-6)  # lr as a float32 is exact
 ADAM = (3, *HYPER)
@@ -52,10 +58,14 @@ OPS = (
 VARIANTS = ("fold_ u", "fold_ v", "topk_coo near", "_token_products")
 
 
+def is_reference(op: str) -> bool:
+    qualified = f"sparsegrad_kernels::{op.partition(' ')[0]}"
+    return ON_GPU and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA")
+
+
 def skip_if_reference(op: str) -> None:
     """The reference is written for legibility: it may wait for the device."""
-    qualified = f"sparsegrad_kernels::{op.partition(' ')[0]}"
-    if ON_GPU and not torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "CUDA"):
+    if is_reference(op):
         pytest.skip(f"{op} is served by the reference")
 
 
@@ -238,7 +248,7 @@ def test_products(size, dtype, generator):
 
 
 @dtypes
-@sizes
+@product_sizes
 def test_token_products(size, dtype, generator):
     """Of what is asked for; zero tokens take no part, whatever the other factor holds there."""
     tokens, n_out, n_in = size
@@ -578,7 +588,8 @@ def test_fold_delta_rounds_by_chance(sides, size, dtype, generator):
         assert not delta.any()
         assert bool(((weight.cpu().double() - oracle).abs() <= limit).all())
         results.append(weight)
-    assert_bits(results[0], results[1])
+    if not is_reference("_fold_delta_"):  # whose sums torch makes, in an order of chance
+        assert_bits(results[0], results[1])
     assert size[0] < 100 or not torch.equal(results[0], results[2])
 
 

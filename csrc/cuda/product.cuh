@@ -23,7 +23,7 @@ namespace sparsegrad {
 
 constexpr int kStages = 4;       // a power of 2
 template <class M>
-constexpr int kMinSteps = M::kWarpgroups ? 4 : 8;  // of depth that are worth a block of their own
+constexpr int kMinSteps = M::kWarpgroups ? 12 : 8;  // of depth that are worth a block of their own
 constexpr int kBlocksPerSm = 2;
 
 // For depths that several blocks share: a tile of sums per block, and per tile the blocks done.
