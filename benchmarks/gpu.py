@@ -175,12 +175,13 @@ def sanitizer(device: str, backends: Sequence[str]) -> list[Stage]:
     probe = f"import torch; torch.ones(3).cuda().sum().item(); open({str(works)!r}, 'w')"
     try_it = [tool, f"--error-exitcode={SANITIZER_FAILED}", "--report-api-errors=no"]
     try_it += [sys.executable, "-P", "-c", probe]
-    # torch asks the driver for what it may not have: such API errors are none of ours.
     exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    # torch asks the driver for what it may not have: such API errors are none of ours.
+    quiet = ["--report-api-errors=no"]
     stage = []
     for name, flags, dtypes, environment in (
-        ("memcheck", ["--report-api-errors=no"], "float32", exact),
-        ("memcheck", ["--report-api-errors=no"], "not float32", exact),
+        ("memcheck", quiet, "float32", exact),
+        ("memcheck", quiet, "not float32", exact),
         ("racecheck", [], "float32", {}),
         ("racecheck", [], "bfloat16", {}),
     ):

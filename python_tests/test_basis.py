@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import Plain, tiny, token_batches
 from safetensors.torch import save
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from cases import orthogonal
 from sparsegrad_kernels import Basis, SparseGradConfig, fit_basis
@@ -386,6 +387,13 @@ def test_casts_are_kept_and_never_stale(generator):
     assert torch.equal(basis.factor("u", torch.bfloat16), -kept)
     basis.u = orthogonal(6, generator)
     assert torch.equal(basis.factor("u", torch.bfloat16), basis.u.bfloat16())
+    basis.to(torch.float64)
+    with torch.inference_mode():
+        basis.factor("u", torch.bfloat16)
+    assert not basis.factor("u", torch.bfloat16).is_inference()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        basis.factor("v", torch.bfloat16)
+    assert type(basis.factor("v", torch.bfloat16)) is torch.Tensor
     for other in (copy.deepcopy(basis), basis.float()):
         assert not other._casts
         assert torch.equal(other.factor("u", torch.bfloat16), basis.u.bfloat16())

@@ -555,6 +555,32 @@ def test_fold_delta_in_bfloat16(keep, size, generator):
         assert bool(((weight.cpu().double() - oracle).abs() <= limit).all())
 
 
+@all_sides
+def test_layer_folds_after_bfloat16_small(sides, generator):
+    """Of a step under autocast: with both bases the update is rounded, the weight never."""
+    n_out, n_in = 40, 24
+    u = orthogonal(n_in, generator, torch.float32) if sides in ("both", "in") else None
+    v = orthogonal(n_out, generator, torch.float32) if sides in ("both", "out") else None
+    basis = None if u is None and v is None else Basis(u, v)
+    layer = SparseGradLinear(n_in, n_out, basis, k=50).to(DEVICE)
+    optimizer = SparseAdam(layer.parameters(), lr=1e-3)
+    x = torch.randn(16, n_in, generator=generator)
+    for _ in range(2):
+        before = layer.weight.detach().clone()
+        with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
+            layer(put(x)).float().square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        delta = layer._parameters["delta"].detach().clone()
+        full_u = torch.eye(n_in).double() if u is None else u.double()
+        full_v = torch.eye(n_out).double() if v is None else v.double()
+        oracle, scale = fold_delta_oracle(before.cpu(), delta.cpu(), full_u, full_v)
+        old = before.cpu().double().abs()
+        limit = TOLERANCE[torch.bfloat16] * (scale - old) + TOLERANCE[torch.float32] * scale
+        assert bool(((layer.weight.detach().cpu().double() - oracle).abs() <= limit).all())
+        assert not torch.equal(layer.weight, before) and not layer._parameters["delta"].any()
+
+
 @delta_sizes
 @pytest.mark.parametrize("sides", ["in", "out", "none"])
 def test_fold_delta_in_mixed_layouts(sides, size, generator):

@@ -356,6 +356,18 @@ def test_compile_fullgraph(space, kind, generator):
 
 
 @pytest.mark.parametrize("space", SPACES)
+def test_trains_after_inference_under_autocast(space, generator):
+    basis = make_basis("full", 16, 24, generator, torch.float32)
+    layer = SparseGradLinear(16, 24, basis, k=30, weight_space=space)
+    x = torch.randn(20, 16, generator=generator)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.inference_mode():
+            layer(x)
+        layer(x).float().square().sum().backward()
+    assert sparse_parameter(layer).grad._nnz() == 30
+
+
+@pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("kind", BASES)
 def test_autocast(space, kind, generator):
     linear = nn.Linear(16, 24)

@@ -201,8 +201,7 @@ class Basis(nn.Module):
         ):
             return kept.cast
         made = factor.to(dtype)
-        # What a CUDA graph makes while it is captured holds nothing before the graph is replayed.
-        if not (factor.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if _can_be_kept(made):
             self._casts[name] = _Cast(factor, factor._version, made)
         return made
 
@@ -244,6 +243,14 @@ class Basis(nn.Module):
             for mode, factor in modes
             if factor is not None
         )
+
+
+def _can_be_kept(made: Tensor) -> bool:
+    """Whether a tensor made now serves later calls, which may be of another kind."""
+    # Inference tensors cannot be trained with; a tracer's are no numbers; and what a CUDA graph
+    # makes while it is captured holds nothing before the graph is replayed.
+    capturing = made.is_cuda and torch.cuda.is_current_stream_capturing()
+    return type(made) is Tensor and not made.is_inference() and not capturing
 
 
 def _check_factor(name: str, factor: Tensor) -> None:

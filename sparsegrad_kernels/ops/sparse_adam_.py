@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,23 +92,14 @@ _op_tensor_step = define(
 
 
 def update_(
-    param: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    indices: Tensor,
-    values: Tensor,
-    step: int | Tensor,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    eps: float,
+    param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, indices: Tensor, values: Tensor, *rest: Any
 ) -> None:
     """`sparse_adam_` of arguments that are known to be right: the checks take as long as the step.
 
-    `step` and `lr` are both numbers or both tensors.
+    `step` and `lr`, which come next, are both numbers or both tensors.
     """
-    op = _op_tensor_step if isinstance(step, Tensor) else _op
-    op(param, exp_avg, exp_avg_sq, indices, values, step, lr, beta1, beta2, eps)
+    op = _op_tensor_step if isinstance(rest[0], Tensor) else _op
+    op(param, exp_avg, exp_avg_sq, indices, values, *rest)
 
 
 def _check_scalar(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], like: Tensor) -> None:
