@@ -77,13 +77,15 @@ class Page:
 
 def training_section(page: Page, document: dict[str, Any]) -> None:
     settings = document["settings"]
+    how = settings["dtype"] + " as tf32" * settings.get("tf32", False)
+    how += ", as CUDA graphs" * settings.get("graph", False)
     page.section(
         f"Training on {document['provenance'].get('card') or document['provenance']['CPU']}",
         "The paper's Table 3: averages over the tasks, and ratios to regular fine-tuning of the "
         f"same model. The paper's column: {paper_results.SOURCE}. Its SparseGrad with "
         "sparse-by-dense products stands beside ours too. As there, all else in the model is "
         "trained by AdamW in every method.",
-        f"Settings: layers {settings['layers'] or 'all'}, {settings['dtype']}, "
+        f"Settings: layers {settings['layers'] or 'all'}, {how}, "
         f"{settings['turns']} turns of {settings['steps']} steps, medians; bases from "
         f"{settings['basis_steps']} batches. "
         "Lengths are a model of GLUE's (benchmarks/glue.py), weights are random but MiniLM's: "

@@ -105,12 +105,13 @@ def tasks_table(rows: Rows) -> str:
     """The paper's Tables 7 and 8: every task."""
     body = []
     for row in with_ratios(rows):
-        measured = row["status"] == "measured"
+        measured, seconds = row["status"] == "measured", row["seconds"]
         memory = None
         if row["model"] == paper_results.MODEL and row["task"] in paper_results.PEAK_MB:
             memory = paper_results.paper_ratio(paper_results.PEAK_MB[row["task"]], row["method"])
         parts = [
-            duration(row["seconds"][part]) if measured else "-"
+            # A CUDA graph is timed as a whole.
+            duration(seconds[part]) if measured and part in seconds else "-"
             for part in ("forward", "backward", "step")
         ]
         peak = row["peak_bytes"]

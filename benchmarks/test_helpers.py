@@ -5,6 +5,7 @@ from __future__ import annotations
 import communication
 import glue
 import pytest
+import tables
 import torch
 from paper import PaperLinear, regular, sparse_by_dense
 from scaling import crossings
@@ -35,6 +36,18 @@ def test_paper_layer_computes_what_ours_does(product) -> None:
         found.append((y.detach(), leaf.grad, trained.grad.to_dense(), layer.bias.grad))
     for paper, ours in zip(*found, strict=True):
         torch.testing.assert_close(paper, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_table_of_a_graph_timed_as_a_whole() -> None:
+    shared = {"model": "minilm", "task": "cola", "status": "measured", "about": "", "batch": 2}
+    shared |= {"tokens": 8, "nonzero_tokens": 4, "peak_bytes": None, "steps_per_second": 2.0}
+    parts = {"forward": 0.1, "backward": 0.25, "step": 0.15}
+    rows = [
+        {**shared, "method": "regular FT", "seconds": {"all": 0.5, **parts}},
+        {**shared, "method": "LoRA", "seconds": {"all": 0.5}},
+    ]
+    whole, graph = (tables.tasks_table([row]) for row in rows)
+    assert "250" in whole and "250" not in graph
 
 
 def test_crossings_lie_where_the_lines_meet() -> None:
