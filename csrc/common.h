@@ -269,9 +269,8 @@ inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
 
 // Autograd must see that `t` is written (and may refuse it): as by an in-place operator of torch.
 inline void mark_written(const Tensor& t) {
-  Tensor alias = t;
-  Tensor nothing = torch::stable::narrow(alias, 0, 0, 0);
-  torch::stable::zero_(nothing);
+  // Copying a tensor to itself moves nothing.
+  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(t.get(), t.get(), 0));
 }
 
 }  // namespace sparsegrad

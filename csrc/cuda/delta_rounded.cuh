@@ -107,11 +107,11 @@ inline void multiply_densely(
   const bool left_first = n_out * r_in * (r_out + n_in) <= r_out * n_in * (r_in + n_out);
   const Tensor v_t = torch::stable::transpose(v, 0, 1);
   if (left_first) {
-    const Tensor factor = torch::stable::new_empty(delta, {n_out, r_in});
+    const Tensor factor = empty_on(delta, n_out, r_in, delta.scalar_type());
     multiply_into(factor, v_t, delta, false);
     multiply_into(to, factor, u, adds);
   } else {
-    const Tensor factor = torch::stable::new_empty(delta, {r_out, n_in});
+    const Tensor factor = empty_on(delta, r_out, n_in, delta.scalar_type());
     multiply_into(factor, delta, u, false);
     multiply_into(to, v_t, factor, adds);
   }
@@ -120,8 +120,8 @@ inline void multiply_densely(
 inline void fold_rounded(
     const Tensor& weight, const Tensor& delta, const Tensor& u, const Tensor& v,
     cudaStream_t stream) {
-  const Tensor rounded = torch::stable::new_empty(u, {delta.size(0), delta.size(1)});
-  const Tensor update = torch::stable::new_empty(u, {weight.size(0), weight.size(1)});
+  const Tensor rounded = empty_on(u, delta.size(0), delta.size(1), u.scalar_type());
+  const Tensor update = empty_on(u, weight.size(0), weight.size(1), u.scalar_type());
   const Matrix<float> read = mutable_matrix<float>(delta), to = mutable_matrix<float>(weight);
   launch_for_packs(read, [&](auto vector, int64_t blocks) {
     round_delta<vector><<<blocks, kRoundedThreads, 0, stream>>>(

@@ -96,7 +96,7 @@ void fold_in_basis(
 
   // [parts * groups, width], its rows padded to 16 bytes
   const int64_t width = basis.size(1), pitch = (width + 7) / 8 * 8;
-  Tensor factor = torch::stable::new_empty(weight, {kParts * grouped.max_groups, pitch});
+  Tensor factor = empty_on(weight, kParts * grouped.max_groups, pitch, weight.scalar_type());
   factor = torch::stable::narrow(factor, 1, 0, width);
   launch_sparse_times(
       sparse_times_of<T>(groups, grouped.entries, values, value_stride, basis),

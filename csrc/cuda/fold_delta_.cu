@@ -144,7 +144,7 @@ void fold_in_basis(
   constexpr int kParts = Round::kParts;
   const int64_t n_kept = kept_basis.size(0), width = basis.size(1);
   const int64_t pitch = (width + 7) / 8 * 8;
-  Tensor factor = torch::stable::new_empty(weight, {kParts * n_kept, pitch});
+  Tensor factor = empty_on(weight, kParts * n_kept, pitch, weight.scalar_type());
   factor = torch::stable::narrow(factor, 1, 0, width);
   const Tensor depths = empty_on(weight, kParts > 1 ? kParts * n_kept : 0, ScalarType::Int);
   int32_t* const depth =

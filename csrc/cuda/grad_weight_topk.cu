@@ -31,7 +31,7 @@ struct GradWeight {
 };
 
 Tensor grad_weight(const Tensor& g, const Tensor& x, double tol) {
-  Tensor out = torch::stable::new_empty(g, {g.size(1), x.size(1)});
+  Tensor out = empty_on(g, g.size(1), x.size(1), g.scalar_type());
   if (out.numel() == 0) {
     return out;
   }

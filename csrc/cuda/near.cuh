@@ -90,7 +90,7 @@ std::tuple<Tensor, Tensor> topk_near(
   check_launch();
   sort_shortlist<bits_t<T>>(linear, values, sorted_linear, sorted_values, n);
 
-  const Tensor whole = torch::stable::new_empty(like, {n_rows, n_cols});
+  const Tensor whole = empty_on(like, n_rows, n_cols, like.scalar_type());
   product.active = &state->whole;
   store_product<T>(whole, product);
   return topk_with_shortlist(

@@ -8,7 +8,7 @@ Tensor sparse_dense_mm(const Tensor& a, const Tensor& b, double tol) {
   check_product(a, b);
   const DeviceGuard on_device(a.get_device_index());
   const NoGrad no_grad;
-  Tensor out = torch::stable::new_empty(a, {a.size(0), b.size(1)});
+  Tensor out = empty_on(a, a.size(0), b.size(1), a.scalar_type());
   if (out.numel() == 0) {
     return out;
   }

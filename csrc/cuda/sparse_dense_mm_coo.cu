@@ -42,9 +42,9 @@ std::tuple<Tensor, Tensor> sparse_dense_mm_coo(const Tensor& a, const Tensor& b,
   auto [rows, cols, counts] = compact_indices(a, tol);
   const auto [n_rows, n_kept] = read_counts(counts, stream);
   const int64_t n_cols = b.size(1), n = n_rows * n_cols;
-  Tensor indices = torch::stable::new_empty(a, {2, n}, ScalarType::Long);
+  Tensor indices = empty_on(a, 2, n, ScalarType::Long);
   if (n == 0) {
-    return {indices, torch::stable::new_empty(a, {0})};
+    return {indices, empty_on(a, 0, a.scalar_type())};
   }
 
   Tensor left = a, right = b;

@@ -210,10 +210,10 @@ std::tuple<Tensor, Tensor, Tensor> token_products(
   check_tokens(g, x, weight);
   const DeviceGuard on_device(g.get_device_index());
   const NoGrad no_grad;
-  const Tensor nothing = torch::stable::new_empty(g, {0});
+  const Tensor nothing = empty_on(g, 0, g.scalar_type());
   Tensor grad_input =
-      weight ? torch::stable::new_empty(g, {g.size(0), weight->size(1)}) : nothing;
-  Tensor product = x ? torch::stable::new_empty(g, {g.size(1), x->size(1)}) : nothing;
+      weight ? empty_on(g, g.size(0), weight->size(1), g.scalar_type()) : nothing;
+  Tensor product = x ? empty_on(g, g.size(1), x->size(1), g.scalar_type()) : nothing;
   return dispatch_float(g.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;
     if (g.numel() == 0) {

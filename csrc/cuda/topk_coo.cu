@@ -204,7 +204,7 @@ std::tuple<Tensor, Tensor> topk_with_shortlist(
     const Tensor& c, int64_t k, const Shortlist& shortlist, float* threshold) {
   const DeviceGuard guard(c.get_device_index());
   k = std::min(k, c.size(0) * c.size(1));
-  const Tensor indices = torch::stable::new_empty(c, {2, k}, ScalarType::Long);
+  const Tensor indices = empty_on(c, 2, k, ScalarType::Long);
   const Tensor values = empty_on(c, k, c.scalar_type());
   if (k > 0) {
     dispatch_bits(c.scalar_type(), [&](auto key, auto infinity) {
