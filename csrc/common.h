@@ -267,10 +267,13 @@ inline void mm_out(const Tensor& out, const Tensor& a, const Tensor& b) {
   call("aten::mm", "out", a, b, out);
 }
 
-// Autograd must see that `t` is written (and may refuse it): as by an in-place operator of torch.
-inline void mark_written(const Tensor& t) {
-  // Copying a tensor to itself moves nothing.
-  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(t.get(), t.get(), 0));
+// Autograd must see that `t` is written, as by an in-place operator of torch, and may refuse it.
+// A tensor that is copied to itself stays as it is: this only counts up its version.
+inline void mark_written(const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(
+      aoti_torch_copy_(t.get(), t.get(), 0) == AOTI_TORCH_SUCCESS, name,
+      " may not be written in place: it requires a gradient, and this is not under "
+      "torch.no_grad(), or it was made under torch.inference_mode()");
 }
 
 }  // namespace sparsegrad

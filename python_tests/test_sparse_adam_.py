@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cases import DTYPES, strided_views
+from cases import DTYPES, INTERPRETING, strided_views
 from sparsegrad_kernels.ops import sparse_adam_, topk_coo
 
 OP = torch.ops.sparsegrad_kernels.sparse_adam_.default
@@ -133,6 +133,19 @@ def test_bad_input():
     with pytest.raises(ValueError, match="indices must lie in"):
         sparse_adam_(*p, torch.tensor([[0], [3]]), v, torch.tensor(1), 0.1, *rest)
     assert all((t == 0).all() for t in p)
+
+
+@pytest.mark.skipif(INTERPRETING, reason="a Triton kernel writes behind autograd's back")
+def test_what_autograd_refuses_to_have_written_is_left(generator):
+    leaf = torch.zeros(4, 4, requires_grad=True)
+    moments = torch.zeros(4, 4), torch.zeros(4, 4)
+    entries = topk_coo(torch.randn(4, 4, generator=generator), 3)
+    with pytest.raises(RuntimeError, match=r"in.place"):
+        sparse_adam_(leaf, *moments, *entries, 1, 1e-3, 0.9, 0.999, 1e-8)
+    assert not any(t.detach().any() for t in (leaf, *moments))
+    with torch.no_grad():
+        sparse_adam_(leaf, *moments, *entries, 1, 1e-3, 0.9, 0.999, 1e-8)
+    assert leaf.detach().count_nonzero() == 3
 
 
 def test_opcheck(generator):

@@ -8,6 +8,7 @@ device: shapes are those of all tokens, and the kernels skip what is zero.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from . import ops
 from .ops._library import has_kernel, is_sync_free
 from .ops.token_products import token_products
+from .ops.topk_coo import select
 
 
 def backward(
@@ -117,7 +119,7 @@ def _make_fused(asked: _Asked) -> _Gradients:
             # So short a basis that finding the tokens once more would take longer.
             product = (g @ v.T).T @ right
         rotated = _rotate(product, None if u_first else u, None if v_first else v)
-        entries = ops.topk_coo(rotated, k, threshold)
+        entries = select(rotated, k, threshold)
     return None if weight is None else grad_input, entries, grad_bias if wants_bias else None
 
 
@@ -128,22 +130,31 @@ def _rotated_first(
 
     Else it is by the product: what has the fewest multiply-adds, of bases that shorten enough.
     """
-    r_in, r_out = in_ if u is None else u.shape[0], out if v is None else v.shape[0]
+    r_out, r_in = None if v is None else v.shape[0], None if u is None else u.shape[0]
+    return _cheapest_first(n, out, in_, r_out, r_in)
 
+
+# Every layer asks in every step.
+@functools.lru_cache(1024)
+def _cheapest_first(
+    n: int, out: int, in_: int, r_out: int | None, r_in: int | None
+) -> tuple[bool, bool]:
     def cost(choice: tuple[bool, bool]) -> int:
         v_first, u_first = choice
-        rows, cols = r_out if v_first else out, r_in if u_first else in_
-        total = n * (out * r_out * v_first + in_ * r_in * u_first + rows * cols)
-        if v is not None and not v_first and u is not None and not u_first:
-            return total + _chain_cost(r_out, rows, cols, r_in)
-        if v is not None and not v_first:
-            return total + r_out * rows * cols
-        return total + (rows * cols * r_in if u is not None and not u_first else 0)
+        rows = r_out if v_first and r_out is not None else out
+        cols = r_in if u_first and r_in is not None else in_
+        total = n * ((out * rows if v_first else 0) + (in_ * cols if u_first else 0) + rows * cols)
+        v_later, u_later = None if v_first else r_out, None if u_first else r_in
+        if v_later is not None and u_later is not None:
+            return total + _chain_cost(v_later, rows, cols, u_later)
+        if v_later is not None:
+            return total + v_later * rows * cols
+        return total if u_later is None else total + rows * cols * u_later
 
     choices = [
         (v_first, u_first)
-        for v_first in ((False,) if v is None else (False, True))
-        for u_first in ((False,) if u is None else (False, True))
+        for v_first in ((False,) if r_out is None else (False, True))
+        for u_first in ((False,) if r_in is None else (False, True))
     ]
     return min(choices, key=cost)
 

@@ -304,7 +304,7 @@ void fold_(
   check_indices(
       entries, v.has_value() ? v->size(0) : weight.size(0),
       u.has_value() ? u->size(0) : weight.size(1));
-  mark_written(weight);
+  mark_written("weight", weight);
   if (entries.cols == 0 || weight.numel() == 0) {
     return;
   }

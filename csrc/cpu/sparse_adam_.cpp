@@ -93,9 +93,9 @@ void sparse_adam_(
   check_size("indices", indices.size(1), values.size(0));
   const Matrix<const int64_t> entries = matrix<int64_t>(indices);
   check_indices(entries, param.size(0), param.size(1));
-  for (const Tensor* t : {&param, &exp_avg, &exp_avg_sq}) {
-    mark_written(*t);
-  }
+  mark_written("param", param);
+  mark_written("exp_avg", exp_avg);
+  mark_written("exp_avg_sq", exp_avg_sq);
   const double size = lr * std::sqrt(1 - std::pow(beta2, step)) / (1 - std::pow(beta1, step));
   dispatch_float(param.scalar_type(), [&](auto t) {
     using T = typename decltype(t)::type;

@@ -170,7 +170,7 @@ void fold_(
     const Tensor& weight, const std::optional<Tensor>& u, const std::optional<Tensor>& v,
     const Tensor& indices, const Tensor& values) {
   check_fold(weight, u, v, indices, values);
-  mark_written(weight);
+  mark_written("weight", weight);
   if (values.size(0) == 0 || weight.numel() == 0) {
     return;
   }
@@ -193,7 +193,7 @@ void fold_stochastic_(
   check_dtype("seed", seed, ScalarType::Long);
   check_size("seed", seed.numel(), 1);
   check_device("seed", seed, weight);
-  mark_written(weight);
+  mark_written("weight", weight);
   if (values.size(0) == 0 || weight.numel() == 0) {
     return;
   }

@@ -235,10 +235,10 @@ void fold_delta_(
     check_dtype("seed", *seed, ScalarType::Long);
     check_size("seed", seed->numel(), 1);
     check_device("seed", *seed, weight);
-    mark_written(*seed);
+    mark_written("seed", *seed);
   }
-  mark_written(weight);
-  mark_written(delta);
+  mark_written("weight", weight);
+  mark_written("delta", delta);
   const DeviceGuard on_device(weight.get_device_index());
   const NoGrad no_grad;
   if (weight.numel() > 0 && delta.numel() > 0 && has_rounded_bases(weight, u, v)) {

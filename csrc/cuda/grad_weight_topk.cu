@@ -69,7 +69,7 @@ std::tuple<Tensor, Tensor> grad_weight_topk_near(
   check_dtype("threshold", threshold, ScalarType::Float);
   check_size("threshold", threshold.numel(), 1);
   check_device("threshold", threshold, g);
-  mark_written(threshold);
+  mark_written("threshold", threshold);
   const DeviceGuard on_device(g.get_device_index());
   const NoGrad no_grad;
   const int64_t n = g.size(1) * x.size(1);

@@ -129,9 +129,9 @@ void check(const Arguments& a) {
 
 template <class StepSize>
 void run(const Arguments& a, const StepSize& step_size) {
-  for (const Tensor* t : {&a.param, &a.exp_avg, &a.exp_avg_sq}) {
-    mark_written(*t);
-  }
+  mark_written("param", a.param);
+  mark_written("exp_avg", a.exp_avg);
+  mark_written("exp_avg_sq", a.exp_avg_sq);
   const int64_t k = a.values.size(0);
   if (k == 0) {
     return;

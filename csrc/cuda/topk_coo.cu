@@ -186,7 +186,7 @@ std::tuple<Tensor, Tensor> topk_coo_near(const Tensor& c, int64_t k, const Tenso
   check_dtype("threshold", threshold, ScalarType::Float);
   check_size("threshold", threshold.numel(), 1);
   check_device("threshold", threshold, c);
-  mark_written(threshold);
+  mark_written("threshold", threshold);
   return topk_with_shortlist(
       c, k, Shortlist{}, static_cast<float*>(threshold.mutable_data_ptr()));
 }

@@ -38,13 +38,14 @@ def allows_tf32() -> bool:
     return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
-@contextlib.contextmanager
-def multiplying_as_tf32(wanted: bool) -> Iterator[None]:
+def multiplying_as_tf32(wanted: bool) -> contextlib.AbstractContextManager[None]:
     """If `wanted`, let torch and the kernels multiply float32 matrices as tf32 meanwhile."""
+    return _with_tf32() if wanted and not allows_tf32() else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _with_tf32() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
-    if not wanted or matmul.fp32_precision == "tf32":
-        yield
-        return
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32"
     try:

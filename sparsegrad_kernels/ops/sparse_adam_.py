@@ -28,10 +28,11 @@ def _update(
     grad = values.to(wide)
     first = exp_avg[entries].to(wide).lerp(grad, 1 - beta1)
     second = exp_avg_sq[entries].to(wide).lerp(grad.square(), 1 - beta2)
+    update = step_size * first / (second.sqrt() + eps)
+    # First what autograd may refuse: then nothing has been written.
+    param[entries] = (param[entries].to(wide) - update).to(param.dtype)
     exp_avg[entries] = first.to(exp_avg.dtype)
     exp_avg_sq[entries] = second.to(exp_avg_sq.dtype)
-    update = step_size * first / (second.sqrt() + eps)
-    param[entries] = (param[entries].to(wide) - update).to(param.dtype)
 
 
 def _reference(

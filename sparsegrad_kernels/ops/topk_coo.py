@@ -89,6 +89,11 @@ _near_op = define(
 )
 
 
+def select(c: Tensor, k: int, threshold: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`topk_coo` of arguments that are known to be right."""
+    return _op(c, k) if threshold is None else _near_op(c, k, threshold)
+
+
 def check_threshold(threshold: Tensor, like_name: str, like: Tensor) -> None:
     check_tensor("threshold", threshold)
     if threshold.dtype != torch.float32:
@@ -123,7 +128,6 @@ def topk_coo(c: Tensor, k: int, threshold: Tensor | None = None) -> tuple[Tensor
     """
     check_matrix("c", c)
     check_k(k)
-    if threshold is None:
-        return _op(c, k)
-    check_threshold(threshold, "c", c)
-    return _near_op(c, k, threshold)
+    if threshold is not None:
+        check_threshold(threshold, "c", c)
+    return select(c, k, threshold)
