@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import Roofs, Run, Stopwatch, take_turns
+from measure import SPIN_CYCLES, Roofs, Run, Stopwatch, host_seconds, take_turns
 from shapes import Case
 
 _ROUNDS = (3, 50)
@@ -83,6 +83,7 @@ class Session:
         self.case: tuple[Any, ...] = ()
         self.comparison: Comparison | None = None
         self.times: dict[str, dict[str, list[float]]] = {}  # cache -> contender -> seconds
+        self.host_seconds: float | None = None  # of launching ours, on a GPU
 
     def measured(
         self, key: tuple[Any, ...], case: Case, compare: Compare, cache: str, budget: float
@@ -94,6 +95,8 @@ class Session:
             comparison = compare(case, self.device, generator)
             comparison.prepare()
             self.case, self.comparison = key, comparison
+            if self.device.type == "cuda":
+                self.host_seconds = host_seconds(comparison.runs["ours"], 2 * SPIN_CYCLES)
         assert self.comparison is not None
         if cache not in self.times:
             stopwatch = Stopwatch(self.device, cold=cache == "cold")

@@ -119,6 +119,7 @@ def race(request: pytest.FixtureRequest, benchmark, lane: Lane) -> Callable[[Com
             roof_seconds=roof,
             times_bound=mine / bound,
             times_ours=mine / medians["ours"],
+            host_seconds=session.host_seconds if lane.contender == "ours" else None,
         )
         seconds = times[lane.contender]
         benchmark.pedantic(_PLAYBACK.play(seconds), rounds=len(seconds))

@@ -94,8 +94,11 @@ def _operators(document: dict[str, Any]) -> list[str]:
             continue
         case = cases.setdefault((info["op"], info["case"], info["cache"]), {})
         case[info["contender"]] = {**info, "seconds": benchmark["stats"]["median"]}
-    lines = ["", "| operator | case | L2 | backend | µs | x bound | fastest peer | x ours |"]
-    lines += ["|---|---|---|---|---:|---:|---|---:|"]
+    lines = [
+        "",
+        "| operator | case | L2 | backend | µs | host's µs | x bound | fastest peer | x ours |",
+    ]
+    lines += ["|---|---|---|---|---:|---:|---:|---|---:|"]
     for (op, name, cache), contenders in cases.items():
         ours = contenders.pop("ours", None)
         contenders.pop("bound", None)
@@ -103,7 +106,9 @@ def _operators(document: dict[str, Any]) -> list[str]:
             continue
         peer = min(contenders, key=lambda c: contenders[c]["seconds"], default="")
         times = f"{contenders[peer]['seconds'] / ours['seconds']:.2f}" if peer else ""
+        host = ours.get("host_seconds")
         cells = (op, name, cache, ours["backend"], f"{ours['seconds'] * 1e6:.1f}")
+        cells += (f"{host * 1e6:.0f}" if host else "",)
         lines.append(f"| {' | '.join(cells)} | {ours['times_bound']:.2f} | {peer} | {times} |")
     return lines
 

@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from measure import Run, captured, medians, provenance
+from measure import Run, captured, host_seconds, medians, provenance
 from steps import Steps, random_basis
 
 SHAPES = {"768 -> 3072": (768, 3072), "3072 -> 768": (3072, 768)}
@@ -44,18 +42,6 @@ def methods(shape: tuple[int, int], share: float, dtype: torch.dtype) -> dict[st
         "SparseGrad, basis 30% x 26%": lambda: steps.sparsegrad(short),
         "SparseGrad": lambda: steps.sparsegrad(full),
     }
-
-
-def host_seconds(run: Run) -> float:
-    """Of one run, its launches only: the device is kept busy meanwhile."""
-    times = []
-    for _ in range(7):
-        torch.cuda.synchronize()
-        torch.cuda._sleep(10_000_000)
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def kernels(replay: Run, repeats: int = 5) -> list[tuple[str, float, float]]:

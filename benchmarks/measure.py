@@ -19,7 +19,7 @@ from sparsegrad_kernels import __version__, backends
 from sparsegrad_kernels.__main__ import environment
 
 Run = Callable[[], object]
-_SPIN_CYCLES = 1_000_000  # about half a millisecond
+SPIN_CYCLES = 1_000_000  # about half a millisecond
 
 
 class Stopwatch:
@@ -39,7 +39,7 @@ class Stopwatch:
             return time.perf_counter() - start
         if self.evicting is not None:
             self.evicting.zero_()
-        torch.cuda._sleep(_SPIN_CYCLES)
+        torch.cuda._sleep(SPIN_CYCLES)
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         before.record()
         run()
@@ -67,6 +67,22 @@ def medians(
 ) -> dict[str, float]:
     times = take_turns(runs, repeats, Stopwatch(device or torch.device("cpu")))
     return {name: statistics.median(each) for name, each in times.items()}
+
+
+def host_seconds(run: Run, cycles: int = 10_000_000) -> float:
+    """What launching takes Python, PyTorch and the driver.
+
+    The device is kept busy for so many cycles meanwhile: a run that waits for it has them included.
+    """
+    times = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        torch.cuda._sleep(cycles)
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return statistics.median(times)
 
 
 def captured(run: Run) -> Run:
