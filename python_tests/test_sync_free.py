@@ -143,6 +143,32 @@ def test_fold_takes_whatever_was_written(kind, written, sync_free, generator):
     assert not layer.delta.any()
 
 
+def test_what_a_graph_writes_is_folded(sync_free, monkeypatch, generator):
+    """A captured forward folds whatever came before; later folds do, for replays count no versions.
+
+    So does writing to `.data`, which takes a replay's place here.
+    """
+    layer = SparseGradLinear.from_linear(
+        nn.Linear(7, 11).double(), make_basis("full", 7, 11, generator), k=9
+    )
+
+    def replay() -> torch.Tensor:
+        layer.delta.data[2, 3] = 1
+        return before + torch.outer(layer.v[2], layer.u[3])
+
+    before = layer.dense_weight()
+    expected = replay()
+    with monkeypatch.context() as graph:
+        graph.setattr("sparsegrad_kernels.linear.is_captured", lambda tensor: True)
+        layer(torch.ones(2, 7, dtype=torch.float64))
+    assert not layer.delta.any()
+    torch.testing.assert_close(layer.dense_weight(), expected)
+    for _ in range(2):
+        before = layer.dense_weight()
+        expected = replay()
+        torch.testing.assert_close(layer.dense_weight(), expected)
+
+
 def test_accumulated_gradients_are_summed(sync_free, generator):
     linear = nn.Linear(7, 11).double()
     (x, _, _, _), (g, h, _, _) = data(generator)
@@ -198,7 +224,6 @@ def test_step_in_a_cuda_graph(kind, generator):
     def step(layer, optimizer, x, g):
         layer(x).backward(g)
         optimizer.step()
-        layer.fold()
         optimizer.zero_grad()
 
     torch.cuda.set_sync_debug_mode("error")
@@ -213,6 +238,7 @@ def test_step_in_a_cuda_graph(kind, generator):
         for _ in range(3):
             step(layers[1], optimizers[1], x, g)
     torch.cuda.current_stream().wait_stream(stream)
+    torch.testing.assert_close(layers[0].dense_weight(), layers[1].dense_weight())
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step(layers[1], optimizers[1], x, g)
@@ -221,7 +247,7 @@ def test_step_in_a_cuda_graph(kind, generator):
         x.copy_(other_x)
         g.copy_(other_g)
         graph.replay()
-    torch.testing.assert_close(layers[0].dense_weight(), layers[1].dense_weight())
+        torch.testing.assert_close(layers[0].dense_weight(), layers[1].dense_weight())
 
 
 @needs_gpu

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from ._files import save_safetensors
 from .config import SparseGradConfig, Target, find_targets, linear_view, wanted_modes
+from .ops._library import is_captured
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 
@@ -249,8 +250,7 @@ def _can_be_kept(made: Tensor) -> bool:
     """Whether a tensor made now serves later calls, which may be of another kind."""
     # Inference tensors cannot be trained with; a tracer's are no numbers; and what a CUDA graph
     # makes while it is captured holds nothing before the graph is replayed.
-    capturing = made.is_cuda and torch.cuda.is_current_stream_capturing()
-    return type(made) is Tensor and not made.is_inference() and not capturing
+    return type(made) is Tensor and not made.is_inference() and not is_captured(made)
 
 
 def _check_factor(name: str, factor: Tensor) -> None:

@@ -15,7 +15,13 @@ from torch.autograd.function import once_differentiable
 
 from ._gradient import backward, fold_delta
 from .basis import Basis
-from .ops._library import define, has_kernel, multiplying_as_tf32, without_autocast
+from .ops._library import (
+    define,
+    has_kernel,
+    is_captured,
+    multiplying_as_tf32,
+    without_autocast,
+)
 
 WeightSpace = Literal["original", "transformed"]
 
@@ -251,6 +257,8 @@ class SparseGradLinear(nn.Module):
         self.k = self._resolve_k(k, density, shape)
         # The optimizer's write into `delta` is noticed by its version; None: look at its content.
         self._folded_version: int | None = None
+        # Whether a CUDA graph folds: its replays write into `delta` and count no versions.
+        self._is_captured = False
         # Of the last forward. After one in 16 bits the update needs no more digits than those.
         self._computes_in: torch.dtype | None = None
         # Shared by all layers of a group, also through `.to(device)`: a submodule is moved once.
@@ -346,7 +354,9 @@ class SparseGradLinear(nn.Module):
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 _fold_delta_op(self._parameters["weight"], delta, self.u, self.v, self.k, self.seed)
-        elif delta._version != self._folded_version:
+            return
+        self._is_captured = self._is_captured or is_captured(delta)
+        if self._is_captured or delta._version != self._folded_version:
             weight, u, v = cast(Tensor, self._parameters["weight"]), self.u, self.v
             is_narrow = self._computes_in in (torch.bfloat16, torch.float16)
             as_tf32 = is_narrow and u is not None and v is not None
@@ -435,7 +445,7 @@ class SparseGradLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.fold()
-        return {**self.__dict__, "_folded_version": None}
+        return {**self.__dict__, "_folded_version": None, "_is_captured": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -23,6 +23,11 @@ def is_sync_free(tensor: Tensor) -> bool:
     return tensor.device.type in SYNC_FREE_DEVICES
 
 
+def is_captured(tensor: Tensor) -> bool:
+    """Whether what is done to this tensor is recorded as a CUDA graph, to be done in replays."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def _is_registered(name: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key)
