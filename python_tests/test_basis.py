@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 
 import numpy as np
 import pytest
@@ -372,6 +373,25 @@ def test_matching_leaves_the_original(generator):
     assert half.energy_in.dtype == basis.u.dtype == torch.float64
     assert basis.matches(basis.u)
     assert not half.matches(basis.u)
+
+
+def test_cast_in_a_cuda_graph_lives_on(monkeypatch, generator):
+    basis = Basis(orthogonal(6, generator), None)
+    cast = weakref.ref(basis.factor("u", torch.bfloat16))
+    with monkeypatch.context() as graph:
+        graph.setattr("sparsegrad_kernels.basis.is_captured", lambda tensor: True)
+        for _ in range(2):
+            basis.factor("u", torch.bfloat16)
+    basis.factor("u", torch.float16)
+    basis.to("cpu")
+    assert cast() is not None and len(basis._captured) == 1
+    assert not copy.deepcopy(basis)._captured
+
+
+def test_cast_of_an_inference_tensor(generator):
+    with torch.inference_mode():
+        basis = Basis(orthogonal(6, generator).clone(), None)
+    assert torch.equal(basis.factor("u", torch.bfloat16), basis.u.bfloat16())
 
 
 def test_casts_are_kept_and_never_stale(generator):

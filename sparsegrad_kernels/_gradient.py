@@ -271,11 +271,10 @@ def fold_delta(
         _sync_free_fold(weight, delta, u, v, k, seed)
     else:
         indices = delta.nonzero().T
-        if not indices.shape[1]:
-            return
-        entries = (indices[0], indices[1])
-        ops.fold_(weight, u, v, indices, delta[entries].to(weight.dtype), seed)
-        delta[entries] = 0
+        if indices.shape[1]:
+            entries = (indices[0], indices[1])
+            ops.fold_(weight, u, v, indices, delta[entries].to(weight.dtype), seed)
+            delta[entries] = 0
     if seed is not None:
         seed += 1
 

@@ -95,6 +95,8 @@ class Basis(nn.Module):
     def _set_up(self) -> None:
         super().__init__()
         self._casts: dict[str, _Cast] = {}
+        # Casts that CUDA graphs read at each replay, at the address they had.
+        self._captured: list[Tensor] = []
 
     @property
     def rank_in(self) -> int | None:
@@ -200,9 +202,11 @@ class Basis(nn.Module):
             and kept.version == factor._version
             and kept.cast.dtype == dtype
         ):
+            if is_captured(factor) and all(cast is not kept.cast for cast in self._captured):
+                self._captured.append(kept.cast)
             return kept.cast
         made = factor.to(dtype)
-        if _can_be_kept(made):
+        if _can_be_kept(made) and not factor.is_inference():  # those have no version
             self._casts[name] = _Cast(factor, factor._version, made)
         return made
 
@@ -211,7 +215,7 @@ class Basis(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_casts": {}}
+        return {**self.__dict__, "_casts": {}, "_captured": []}
 
     def tensors(self) -> dict[str, Tensor]:
         """Its tensors by name, without those not known."""
