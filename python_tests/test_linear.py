@@ -678,6 +678,16 @@ def test_stochastic_rounding_keeps_small_updates(dtype, generator):
     assert not stochastic.float().stochastic_rounding
 
 
+def test_seed_moves_on_at_each_fold(generator):
+    layer = SparseGradLinear(4, 3, stochastic_rounding=True, dtype=torch.bfloat16)
+    for value in (1.0, 0.0):
+        before = layer.seed.clone()
+        with torch.no_grad():
+            layer.delta.fill_(value)
+        layer.fold()
+        assert not torch.equal(layer.seed, before)
+
+
 def test_stochastic_rounding_needs_half_precision():
     with pytest.raises(ValueError, match="stochastic_rounding is for bfloat16 or float16"):
         SparseGradLinear(4, 3, stochastic_rounding=True)
