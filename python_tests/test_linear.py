@@ -78,8 +78,10 @@ def problem(generator, in_=7, out=11, tokens=(3, 5), keep=0.6):
     linear = nn.Linear(in_, out).double()
     x = torch.randn(*tokens, in_, generator=generator, dtype=torch.float64)
     total = x[..., 0].numel()
-    g = sparse_matrix(total, out, torch.float64, generator, keep).reshape(*tokens, out)
-    return linear, x, g
+    g = sparse_matrix(total, out, torch.float64, generator, keep)
+    if keep:
+        g[-1, -1] = 1  # by chance nothing may be left, and a gradient of zeros moves nothing
+    return linear, x, g.reshape(*tokens, out)
 
 
 def check_equals_three_linears(linear, basis, x, g, k, space):
