@@ -55,6 +55,7 @@ class Setting:
     modes: str = "both"
     shared: bool = True
     refreshed: bool = False
+    delta_dtype: torch.dtype | None = None
 
     @property
     def name(self) -> str:
@@ -65,6 +66,8 @@ class Setting:
             parts.append(f"energy{self.energy:g}")
         parts += [f"{self.modes}-modes"] * (self.modes != "both")
         parts += ["perlayer"] * (not self.shared) + ["refreshed"] * self.refreshed
+        if self.delta_dtype is not None:
+            parts.append(f"{str(self.delta_dtype).removeprefix('torch.')}-delta")
         return "-".join(parts)
 
 
@@ -80,6 +83,7 @@ SETTINGS = [
     Setting("sparsegrad", modes="smaller"),
     Setting("sparsegrad", 0.042, modes="smaller"),
     Setting("sparsegrad", energy=0.95, modes="smaller"),
+    Setting("sparsegrad", delta_dtype=torch.bfloat16),
 ]
 
 
@@ -198,6 +202,7 @@ def run(task: Any, setting: Setting, lr: float, seed: int, n_steps: int, split: 
         modes=setting.modes,
         shared_basis=setting.shared,
         layers=task.layers,
+        delta_dtype=setting.delta_dtype,
     )
 
     def prepared(model: nn.Module, basis_seed: int):

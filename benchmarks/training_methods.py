@@ -84,11 +84,14 @@ def _meprop(model: nn.Module, name: str, bases: Bases) -> Ready:
     return _sparse_adam(model, "identity basis, this package's kernels")
 
 
-def _sparsegrad(energy: float | None, modes: str = "both") -> Prepare:
+def _sparsegrad(
+    energy: float | None = None, modes: str = "both", delta_dtype: torch.dtype | None = None
+) -> Prepare:
     def prepare(model: nn.Module, name: str, bases: Bases) -> Ready:
         _freeze(model, name)
         # A copy of the bases, so that they count as this method's memory.
-        config = replace(models.sparsegrad_config(name, energy), modes=modes)
+        config = models.sparsegrad_config(name, energy)
+        config = replace(config, modes=modes, delta_dtype=delta_dtype)
         targets = find_targets(model, config)
         shapes = {target.group: target.shape for target in targets.values()}
         own = {
@@ -133,10 +136,13 @@ METHODS: dict[str, Prepare] = {
     "MeProp": _meprop,
     "paper SparseGrad, regular": _paper(regular),
     "paper SparseGrad, sparse-by-dense": _paper(sparse_by_dense),
-    "SparseGrad": _sparsegrad(None),
+    "SparseGrad": _sparsegrad(),
+    "SparseGrad, bfloat16 delta": _sparsegrad(delta_dtype=torch.bfloat16),
     "SparseGrad, smaller modes": _sparsegrad(None, "smaller"),
+    "SparseGrad, smaller modes, bfloat16 delta": _sparsegrad(None, "smaller", torch.bfloat16),
     "SparseGrad, smaller modes, energy .95": _sparsegrad(0.95, "smaller"),
     "SparseGrad, energy .99": _sparsegrad(0.99),
     "SparseGrad, energy .95": _sparsegrad(0.95),
+    "SparseGrad, energy .95, bfloat16 delta": _sparsegrad(0.95, "both", torch.bfloat16),
     "SparseGrad, energy .9": _sparsegrad(0.9),
 }

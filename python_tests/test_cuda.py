@@ -537,11 +537,38 @@ def test_fold_delta_as_tf32(keep, size, generator):
         assert not delta.any()
 
 
+@pytest.mark.parametrize(
+    ("dtype", "delta_dtype"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+        (torch.float16, torch.float64),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("size", ["small", "large_odd"])
+@all_sides
+def test_fold_delta_in_another_dtype(sides, size, dtype, delta_dtype, generator):
+    """As if it had the weight's."""
+    arguments, full = fold_delta_arguments(DELTA_SIZES[size], dtype, sides, 0.01, generator)
+    arguments[1] = full[1] = arguments[1].to(delta_dtype).to(dtype)  # that both can hold
+    oracle, scale = fold_delta_oracle(*full)
+    arguments[1] = arguments[1].to(delta_dtype)
+    for layout in ("contiguous", "transposed", "sliced"):
+        weight, delta, u, v = (in_layout(t, layout) for t in arguments)
+        fold_delta(weight, delta, u, v, 9, None)
+        assert_close(weight, oracle, scale, factor=2)
+        assert delta.dtype == delta_dtype and not delta.any()
+
+
 @delta_sizes
 @pytest.mark.parametrize("keep", [0.0, 0.01, 1.0], ids=["zero", "sparse", "dense"])
-def test_fold_delta_in_bfloat16(keep, size, generator):
-    """Bases in bfloat16, weight and delta in float32: the update alone is rounded."""
+@pytest.mark.parametrize("delta_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fold_delta_in_bfloat16(delta_dtype, keep, size, generator):
+    """Bases in bfloat16, weight in float32: the update alone is rounded."""
     arguments, _ = fold_delta_arguments(size, torch.float32, "both", keep, generator)
+    arguments[1] = arguments[1].to(delta_dtype)
     arguments[2:] = (basis.bfloat16() for basis in arguments[2:])
     oracle, scale = fold_delta_oracle(*arguments)
     of_update = TOLERANCE[torch.bfloat16] * (scale - arguments[0].double().abs())
@@ -669,7 +696,7 @@ def test_fold_delta_refuses_what_does_not_fit_small(sides, generator):
     wrong = [
         (weight, delta[:-1], u, v, 9, None),
         (weight, delta[:, :-1], u, v, 9, None),
-        (weight, delta.double(), u, v, 9, None),
+        (weight, delta.int(), u, v, 9, None),
         (weight, delta.cpu(), u, v, 9, None),
         (weight, delta[0], u, v, 9, None),
         (weight, delta, u, v, 9, torch.tensor([3], device=DEVICE)),  # float32 is not rounded

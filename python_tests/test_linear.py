@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 import itertools
 import pickle
@@ -14,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from cases import orthogonal, sparse_matrix
-from sparsegrad_kernels import Basis, SparseAdam, SparseGradLinear, _gradient
+from sparsegrad_kernels import Basis, SparseAdam, SparseGradConfig, SparseGradLinear, _gradient
 from sparsegrad_kernels._gradient import rotated_grad_topk
 from sparsegrad_kernels.ops import _library, topk_coo
 
@@ -357,6 +358,79 @@ def test_compile_fullgraph(space, kind, generator):
     torch.testing.assert_close(inner.bias, eager.bias)
 
 
+# Of a weight in one dtype with delta, gradient and moments in another.
+MIXED = [(torch.float64, torch.bfloat16), (torch.float32, torch.bfloat16)]
+MIXED += [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
+
+
+@pytest.mark.parametrize(("dtype", "delta_dtype"), MIXED)
+@pytest.mark.parametrize("kind", BASES)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_delta_dtype(kind, dtype, delta_dtype, compiled, generator):
+    torch._dynamo.reset()
+    linear, x, g = problem(generator)
+    linear.to(dtype)
+    layer = SparseGradLinear.from_linear(
+        linear, make_basis(kind, 7, 11, generator), k=9, delta_dtype=delta_dtype
+    )
+    module = torch.compile(layer, fullgraph=True) if compiled else layer
+    optimizer = SparseAdam(layer.parameters(), lr=0.05)
+    for _ in range(3):
+        before, used = layer.dense_weight(), layer.bias.detach().clone()
+        optimizer.zero_grad()
+        y = module(x.to(dtype))
+        torch.testing.assert_close(y, nn.functional.linear(x.to(dtype), before, used))
+        y.backward(g.to(dtype))
+        nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        optimizer.step()
+        state = optimizer.state[layer.delta]
+        found = {t.dtype for t in (layer.delta, layer.delta.grad, *list(state.values())[1:])}
+        assert found == {delta_dtype}
+        # What the optimizer wrote is folded with no digit of it lost, in the weight's.
+        update = layer.delta.detach().double()
+        assert torch.count_nonzero(update) == 9
+        update = update if layer.u is None else update @ layer.u.double()
+        update = update if layer.v is None else layer.v.double().T @ update
+        wanted = before.double() + update
+        assert layer.weight.dtype == dtype
+        size = 4 * torch.finfo(dtype).eps * wanted.abs().max()
+        torch.testing.assert_close(layer.weight.detach().double(), wanted, rtol=0, atol=size.item())
+        assert not layer.delta.any()
+
+
+def test_delta_dtype_stays(generator):
+    """Whatever dtype the layer is moved to, and whoever copies it; the optimizer keeps its hold."""
+    linear, x, g = problem(generator)
+    layer = SparseGradLinear.from_linear(linear.float(), k=9, delta_dtype=torch.bfloat16)
+    delta = layer.delta
+    optimizer = SparseAdam([delta], lr=0.05)  # torch's own could not go on with the bias
+    for dtype in (torch.float64, torch.bfloat16, torch.float16, torch.float32):
+        layer.to(dtype)
+        assert layer.delta is delta
+        optimizer.zero_grad()
+        layer(x.to(dtype)).backward(g.to(dtype))
+        optimizer.step()
+        assert layer.weight.dtype == dtype
+        copied = copy.deepcopy(layer)
+        restored = pickle.loads(pickle.dumps(layer))
+        assert torch.equal(copied.weight, restored.weight)
+        for one in (layer, copied, restored):
+            assert one.delta.dtype == one.delta_dtype == torch.bfloat16
+    plain = SparseGradLinear(7, 11)
+    assert plain.delta_dtype is None
+    assert plain.double().delta.dtype == torch.float64
+
+
+@pytest.mark.parametrize("make", [SparseGradLinear, None], ids=["layer", "config"])
+def test_delta_dtype_refused(make):
+    make = functools.partial(make, 7, 11) if make else SparseGradConfig
+    for dtype in (torch.float16, torch.int32, "bfloat16"):
+        with pytest.raises(ValueError, match=f"delta_dtype must be None or one of .* {dtype!r}"):
+            make(delta_dtype=dtype)
+    with pytest.raises(ValueError, match="delta_dtype is for the original space"):
+        make(delta_dtype=torch.bfloat16, weight_space="transformed")
+
+
 @pytest.mark.parametrize("space", SPACES)
 def test_trains_after_inference_under_autocast(space, generator):
     basis = make_basis("full", 16, 24, generator, torch.float32)
@@ -654,7 +728,9 @@ def test_opcheck(generator):
     torch.library.opcheck(OPS._linear.default, args)
     torch.library.opcheck(OPS._linear.default, (x.requires_grad_(), *args[1:]))
     delta = torch.randn(11, 7, generator=generator, dtype=torch.float64)
-    torch.library.opcheck(OPS._fold_delta_.default, (weight, delta, basis.u, basis.v, 9, None))
+    for update in (delta, delta.bfloat16()):
+        args = (weight, update, basis.u, basis.v, 9, None)
+        torch.library.opcheck(OPS._fold_delta_.default, args)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

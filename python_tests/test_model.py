@@ -178,10 +178,17 @@ def test_convert_errors_leave_the_model(generator):
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
-@pytest.mark.parametrize("space", ["original", "transformed"])
-@pytest.mark.parametrize("truncation", [{"ranks": (9, 7)}, {"modes": "smaller", "energy": 0.8}])
-def test_save_and_load(model_type, space, truncation, generator, tmp_path):
-    model, batches, config, basis = fitted(model_type, generator, weight_space=space, **truncation)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"ranks": (9, 7)},
+        {"ranks": (9, 7), "weight_space": "transformed"},
+        {"modes": "smaller", "energy": 0.8, "delta_dtype": torch.bfloat16},
+        {"modes": "smaller", "energy": 0.8, "weight_space": "transformed"},
+    ],
+)
+def test_save_and_load(model_type, settings, generator, tmp_path):
+    model, batches, config, basis = fitted(model_type, generator, **settings)
     base = copy.deepcopy(model)
     for name, p in model.named_parameters():
         p.requires_grad_("classifier" in name or "score" in name)
@@ -203,8 +210,9 @@ def test_save_and_load(model_type, space, truncation, generator, tmp_path):
         m.eval()(**batches[1]).loss.backward()  # no dropout
         o.step()
     torch.testing.assert_close(logits(loaded, batches[0]), logits(model, batches[0]))
-    bases = {id(m.basis) for m in loaded.modules() if isinstance(m, SparseGradLinear)}
-    assert len(bases) == 2
+    layers = [m for m in loaded.modules() if isinstance(m, SparseGradLinear)]
+    assert len({id(layer.basis) for layer in layers}) == 2
+    assert {layer.delta_dtype for layer in layers} == {config.delta_dtype}
 
 
 def test_load_errors_leave_the_model(generator, tmp_path):

@@ -127,16 +127,18 @@ def test_every_order_of_products(tokens, in_, out, r_in, r_out, generator):
 
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("written", [0, 3, 9, 10, 40])
-def test_fold_takes_whatever_was_written(kind, written, sync_free, generator):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_fold_takes_whatever_was_written(kind, written, dtype, sync_free, generator):
     layer = SparseGradLinear.from_linear(
-        nn.Linear(7, 11).double(), make_basis(kind, 7, 11, generator), k=9
+        nn.Linear(7, 11).double(), make_basis(kind, 7, 11, generator), k=9, delta_dtype=dtype
     )
     before = layer.dense_weight()
     update = torch.zeros_like(layer.delta)
     places = torch.randperm(update.numel(), generator=generator)[:written]
-    update.view(-1)[places] = torch.randn(len(places), generator=generator, dtype=torch.float64)
+    update.view(-1)[places] = torch.randn(len(places), generator=generator).to(dtype)
     with torch.no_grad():
         layer.delta.copy_(update)
+    update = update.double()
     update = update if layer.u is None else update @ layer.u
     update = update if layer.v is None else layer.v.T @ update
     torch.testing.assert_close(layer.dense_weight(), before + update)

@@ -262,6 +262,7 @@ def fold_delta(
 ) -> None:
     """`weight += V^T delta U`, then `delta` is zero, in place; about k entries are not zero.
 
+    `delta` may have another dtype than the weight, which is the one that its update is made in.
     Where both `u` and `v` are bfloat16 and the weight is float32, the update is made in bfloat16 if
     a kernel is there for it. With a `seed` the weight is rounded stochastically, and the seed is
     another afterwards.

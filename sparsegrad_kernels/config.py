@@ -26,6 +26,16 @@ TARGET_MODULES = {
 }
 
 MODES = ("both", "smaller", "in", "out")
+_DELTA_DTYPES = (torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_delta_dtype(dtype: object, weight_space: str) -> None:
+    """Raise a ValueError where `delta`, and so an optimizer's moments, cannot have this dtype."""
+    if dtype not in _DELTA_DTYPES:  # float16 has no room for the squares of gradients
+        names = ", ".join(map(str, _DELTA_DTYPES))
+        raise ValueError(f"delta_dtype must be None or one of {names}, got {dtype!r}")
+    if weight_space != "original":
+        raise ValueError(f"delta_dtype is for the original space, got the {weight_space} one")
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class SparseGradConfig:
             multiply-adds a token with a gradient.
         shared_basis: one basis for all layers of the same role and shape, as in the paper, or one
             for each layer.
-        weight_space, stochastic_rounding: see `SparseGradLinear`.
+        weight_space, stochastic_rounding, delta_dtype: see `SparseGradLinear`.
 
     Raises:
         TypeError, ValueError: a setting is outside its range.
@@ -67,6 +77,7 @@ class SparseGradConfig:
     shared_basis: bool = True
     weight_space: str = "original"
     stochastic_rounding: bool = False
+    delta_dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
         if not 0 < self.density <= 1:
@@ -85,6 +96,8 @@ class SparseGradConfig:
             raise ValueError(
                 f'weight_space must be "original" or "transformed", got {self.weight_space!r}'
             )
+        if self.delta_dtype is not None:
+            check_delta_dtype(self.delta_dtype, self.weight_space)
         if isinstance(self.target_modules, str):
             try:
                 re.compile(self.target_modules)

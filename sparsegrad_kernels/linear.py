@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from ._gradient import backward, fold_delta
 from .basis import Basis
+from .config import check_delta_dtype
 from .ops._library import (
     define,
     has_kernel,
@@ -174,6 +175,9 @@ class SparseGradLinear(nn.Module):
         weight_space: "original" or "transformed".
         stochastic_rounding: of a bfloat16 or float16 weight when updates are folded in (original
             space): those too small to change it by rounding to nearest then do so on average.
+        delta_dtype: of `delta` (original space), its gradient and so the optimizer's moments, also
+            after `.to(dtype)`; None: the weight's. `torch.bfloat16` halves what training adds to
+            float32 weights: the update then has bfloat16's digits, the weight keeps its own.
         device, dtype: of the parameters.
 
     Shape:
@@ -200,12 +204,13 @@ class SparseGradLinear(nn.Module):
         density: float = 0.01,
         weight_space: WeightSpace = "original",
         stochastic_rounding: bool = False,
+        delta_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         linear = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        settings = (basis, k, density, weight_space, stochastic_rounding)
+        settings = (basis, k, density, weight_space, stochastic_rounding, delta_dtype)
         self._set_up(linear.weight.data, linear.bias, *settings)
 
     @classmethod
@@ -217,6 +222,7 @@ class SparseGradLinear(nn.Module):
         density: float = 0.01,
         weight_space: WeightSpace = "original",
         stochastic_rounding: bool = False,
+        delta_dtype: torch.dtype | None = None,
     ) -> SparseGradLinear:
         """A layer with a copy of the linear's parameters, on its device, in its dtype and mode."""
         if not isinstance(linear, nn.Linear):
@@ -227,7 +233,8 @@ class SparseGradLinear(nn.Module):
         bias = None
         if linear.bias is not None:
             bias = nn.Parameter(linear.bias.detach().clone(), linear.bias.requires_grad)
-        layer._set_up(weight, bias, basis, k, density, weight_space, stochastic_rounding)
+        settings = (basis, k, density, weight_space, stochastic_rounding, delta_dtype)
+        layer._set_up(weight, bias, *settings)
         return layer.train(linear.training)
 
     def _set_up(
@@ -239,6 +246,7 @@ class SparseGradLinear(nn.Module):
         density: float,
         weight_space: str,
         stochastic_rounding: bool,
+        delta_dtype: torch.dtype | None,
     ) -> None:
         if weight_space not in ("original", "transformed"):
             raise ValueError(
@@ -251,8 +259,11 @@ class SparseGradLinear(nn.Module):
                 "stochastic_rounding is for bfloat16 or float16 weights in the original space, "
                 f"got {weight.dtype} in the {weight_space} space"
             )
+        if delta_dtype is not None:
+            check_delta_dtype(delta_dtype, weight_space)
         self.out_features, self.in_features = weight.shape
         self.weight_space = weight_space
+        self.delta_dtype = delta_dtype
         shape = self._gradient_shape(basis)
         self.k = self._resolve_k(k, density, shape)
         # The optimizer's write into `delta` is noticed by its version; None: look at its content.
@@ -267,7 +278,7 @@ class SparseGradLinear(nn.Module):
         self.basis = basis
         if weight_space == "original":
             self.weight = nn.Parameter(weight, requires_grad=False)
-            self.delta = nn.Parameter(weight.new_zeros(shape))
+            self.delta = nn.Parameter(weight.new_zeros(shape, dtype=delta_dtype))
             self.register_buffer("residual", None)
         else:
             transformed, residual = _transform(weight, self.basis)
@@ -437,6 +448,8 @@ class SparseGradLinear(nn.Module):
         self.fold()
         self._folded_version = None
         super()._apply(fn, recurse)
+        if self.delta is not None and self.delta_dtype is not None:
+            self.delta.data = self.delta.data.to(self.delta_dtype)
         dtype = cast(Tensor, self._parameters["weight"]).dtype
         if dtype not in (torch.bfloat16, torch.float16):
             self.seed = None  # there is nothing to round

@@ -91,6 +91,7 @@ def convert(
             density=config.density,
             weight_space=cast(WeightSpace, config.weight_space),
             stochastic_rounding=config.stochastic_rounding,
+            delta_dtype=config.delta_dtype,
         )
         for name, target in targets.items()
     }
@@ -194,6 +195,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             "k": layer.k,
             "weight_space": layer.weight_space,
             "stochastic_rounding": layer.stochastic_rounding,
+            "delta_dtype": None if layer.delta_dtype is None else str(layer.delta_dtype),
             "basis": basis,
         }
         for key, tensor in layer.state_dict().items():
@@ -263,6 +265,8 @@ def _saved_layers(
             basis = bases[key]
         names = ("k", "weight_space", "stochastic_rounding")
         given = {name: setting[name] for name in names if name in setting}
+        if dtype := setting.get("delta_dtype"):
+            given["delta_dtype"] = getattr(torch, dtype.removeprefix("torch."), dtype)
         layers[name] = _convert_module(module, basis=basis, **given)
     return layers
 

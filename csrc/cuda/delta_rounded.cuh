@@ -1,5 +1,5 @@
-// W += V^T delta U by dense products in bfloat16 of a delta and bases in bfloat16, for a W and a
-// delta in float32: the update has bfloat16's digits, W keeps its own.
+// W += V^T delta U by dense products in bfloat16 of a delta and bases in bfloat16, for a W in
+// float32: the update has bfloat16's digits, W keeps its own. A delta in float32 is rounded.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cuda.h>
@@ -117,17 +117,27 @@ inline void multiply_densely(
   }
 }
 
+inline void zero(Tensor t) {
+  torch::stable::zero_(t);
+}
+
 inline void fold_rounded(
     const Tensor& weight, const Tensor& delta, const Tensor& u, const Tensor& v,
     cudaStream_t stream) {
-  const Tensor rounded = empty_on(u, delta.size(0), delta.size(1), u.scalar_type());
   const Tensor update = empty_on(u, weight.size(0), weight.size(1), u.scalar_type());
-  const Matrix<float> read = mutable_matrix<float>(delta), to = mutable_matrix<float>(weight);
-  launch_for_packs(read, [&](auto vector, int64_t blocks) {
-    round_delta<vector><<<blocks, kRoundedThreads, 0, stream>>>(
-        read, static_cast<BFloat16*>(rounded.mutable_data_ptr()));
-  });
-  multiply_densely(update, rounded, u, v, false);
+  const Matrix<float> to = mutable_matrix<float>(weight);
+  if (delta.scalar_type() == ScalarType::Float) {
+    const Tensor rounded = empty_on(u, delta.size(0), delta.size(1), u.scalar_type());
+    const Matrix<float> read = mutable_matrix<float>(delta);
+    launch_for_packs(read, [&](auto vector, int64_t blocks) {
+      round_delta<vector><<<blocks, kRoundedThreads, 0, stream>>>(
+          read, static_cast<BFloat16*>(rounded.mutable_data_ptr()));
+    });
+    multiply_densely(update, rounded, u, v, false);
+  } else {
+    multiply_densely(update, delta, u, v, false);
+    zero(delta);
+  }
   launch_for_packs(to, [&](auto vector, int64_t blocks) {
     add_update<vector><<<blocks, kRoundedThreads, 0, stream>>>(
         to, static_cast<const BFloat16*>(update.const_data_ptr()));

@@ -6,7 +6,7 @@
 // fewer multiply-adds, and the dense product of that and the other basis is added to W: on the
 // tensor cores here for 16 bits, else by torch. k decides on that only: any delta is right. Where
 // float32 may be multiplied as tf32, torch's dense products do all; and those of bfloat16 where both
-// bases come in bfloat16 to a float32 weight.
+// bases come in bfloat16 to a float32 weight. A delta of another dtype than these read is copied.
 //
 // Sums have one order, that of delta's elements, so that bits do not vary.
 //
@@ -123,8 +123,7 @@ void launch_add_delta(const Matrix<T>& delta, const AddTo<T, Round>& to, cudaStr
 void fold_densely(
     const Tensor& weight, const Tensor& delta, const Tensor& u, const Tensor& v) {
   multiply_densely(weight, delta, u, v, true);
-  Tensor written = delta;
-  torch::stable::zero_(written);
+  zero(delta);
 }
 
 template <class T, class Round>
@@ -184,7 +183,7 @@ void check_fold_delta(
     const std::optional<Tensor>& v) {
   check_sizes("weight", weight);
   check_sizes("delta", delta);
-  check_dtype("delta", delta, weight.scalar_type());
+  dispatch_float(delta.scalar_type(), [](auto) {});
   check_device("delta", delta, weight);
   const ScalarType of_bases =
       has_rounded_bases(weight, u, v) ? ScalarType::BFloat16 : weight.scalar_type();
@@ -220,6 +219,24 @@ void fold(
   }
 }
 
+void fold_as_rounds(
+    const Tensor& weight, const Tensor& delta, const std::optional<Tensor>& u,
+    const std::optional<Tensor>& v, int64_t k, const std::optional<Tensor>& seed) {
+  const ScalarType dtype = weight.scalar_type();
+  if (!seed.has_value()) {
+    return dispatch_float(dtype, [&](auto t) {
+      using T = typename decltype(t)::type;
+      fold<T>(weight, delta, u, v, k, RoundNearest<T>{});
+    });
+  }
+  const int64_t* const bits = static_cast<const int64_t*>(seed->const_data_ptr());
+  if (dtype == ScalarType::BFloat16) {
+    fold<BFloat16>(weight, delta, u, v, k, RoundStochastic<BFloat16>{bits});
+  } else {
+    fold<Half>(weight, delta, u, v, k, RoundStochastic<Half>{bits});
+  }
+}
+
 __global__ void next_seed(int64_t* seed) {
   ++*seed;
 }
@@ -241,23 +258,25 @@ void fold_delta_(
   mark_written("delta", delta);
   const DeviceGuard on_device(weight.get_device_index());
   const NoGrad no_grad;
-  if (weight.numel() > 0 && delta.numel() > 0 && has_rounded_bases(weight, u, v)) {
-    fold_rounded(weight, delta, *u, *v, current_stream(weight));
-  } else if (weight.numel() == 0) {  // where delta need not be empty
-    Tensor nothing = delta;
-    torch::stable::zero_(nothing);
-  } else if (delta.numel() > 0 && !seed.has_value()) {
-    dispatch_float(weight.scalar_type(), [&](auto t) {
-      using T = typename decltype(t)::type;
-      fold<T>(weight, delta, u, v, k, RoundNearest<T>{});
-    });
-  } else if (delta.numel() > 0) {
-    const int64_t* const bits = static_cast<const int64_t*>(seed->const_data_ptr());
-    if (weight.scalar_type() == ScalarType::BFloat16) {
-      fold<BFloat16>(weight, delta, u, v, k, RoundStochastic<BFloat16>{bits});
-    } else {
-      fold<Half>(weight, delta, u, v, k, RoundStochastic<Half>{bits});
+  if (weight.numel() > 0 && delta.numel() > 0) {
+    const bool rounded = has_rounded_bases(weight, u, v);
+    const ScalarType given = delta.scalar_type();
+    const bool taken = rounded ? given == ScalarType::Float || given == ScalarType::BFloat16
+                               : given == weight.scalar_type();
+    Tensor read = delta;
+    if (!taken) {
+      read = empty_on(
+          weight, delta.size(0), delta.size(1),
+          rounded ? ScalarType::BFloat16 : weight.scalar_type());
+      torch::stable::copy_(read, delta);
     }
+    rounded ? fold_rounded(weight, read, *u, *v, current_stream(weight))
+            : fold_as_rounds(weight, read, u, v, k, seed);
+    if (!taken) {
+      zero(delta);
+    }
+  } else {  // either may have elements
+    zero(delta);
   }
   if (seed.has_value()) {
     next_seed<<<1, 1, 0, current_stream(weight)>>>(
