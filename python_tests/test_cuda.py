@@ -19,6 +19,7 @@ from torch import Tensor
 from cases import DTYPES, SHAPES, TOLERANCE, orthogonal, sparse_matrix, strided_views
 from sparsegrad_kernels import SparseAdam, SparseGradLinear, ops
 from sparsegrad_kernels.basis import Basis
+from sparsegrad_kernels.ops._rounding import round_stochastically
 from sparsegrad_kernels.ops.token_products import token_products
 from sparsegrad_kernels.ops.topk_coo import SLACK
 
@@ -448,6 +449,27 @@ def test_sparse_adam(size, dtype, step, generator):
         for got, wanted, before in zip(state, oracle, arguments[:3], strict=True):
             assert_close(got, wanted, wanted.abs() + before.double().abs() + HYPER[0])
             assert_bits(got.cpu()[untouched], before[untouched])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("step", ["int", "float32", "int64"])
+def test_sparse_adam_rounds_by_chance_small(dtype, step, generator):
+    """A second moment of 16 bits: by the bits of the reference."""
+    before = torch.rand(33, 50, generator=generator).to(dtype)
+    indices = before.nonzero().T
+    position = indices[0] * before.shape[1] + indices[1]
+    for number in (3, 4):
+        moment = strided_views(put(before))["sliced"]
+        others = torch.zeros(2, *before.shape, dtype=dtype, device=DEVICE)
+        now = number
+        if step != "int":
+            now = torch.tensor(number, dtype=getattr(torch, step), device=DEVICE)
+        values = torch.zeros(indices.shape[1], dtype=dtype, device=DEVICE)
+        ops.sparse_adam_(*others, moment, put(indices), values, now, 0.01, 0.9, 0.75, 1e-6)
+        seed = torch.tensor([number])
+        at = tuple(indices)
+        wanted = round_stochastically(before[at].float() * 0.75, before[at], seed, position)
+        assert_bits(moment.cpu()[at], wanted)
 
 
 @dtypes

@@ -5,6 +5,7 @@ import torch
 
 from cases import DTYPES, INTERPRETING, strided_views
 from sparsegrad_kernels.ops import sparse_adam_, topk_coo
+from sparsegrad_kernels.ops._rounding import round_stochastically
 
 OP = torch.ops.sparsegrad_kernels.sparse_adam_.default
 HYPER = (0.01, 0.9, 0.99, 1e-6)
@@ -84,6 +85,48 @@ def test_step_and_lr_on_the_device(dtype, step_dtype, step, generator):
             for got, right in zip(copies, wanted, strict=True):
                 torch.testing.assert_close(got.double(), right, rtol=limit, atol=limit)
     assert steps[0].item() == steps[1].item() == step
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("on_device", [False, True], ids=["int", "tensor"])
+def test_second_moment_of_16_bits_follows(dtype, on_device, generator):
+    """Steps of a thousandth, which rounding to nearest drops, up and down."""
+    shape, n_steps = (16, 48), 12
+    indices = torch.ones(shape).nonzero().T
+    for before, square in ((1.0, 0.25), (0.25, 1.0)):
+        moment = torch.full(shape, before, dtype=dtype)
+        others = torch.zeros(2, *shape, dtype=dtype)
+        grad = torch.full((moment.numel(),), square**0.5, dtype=dtype)
+        for step in range(1, n_steps + 1):
+            number = torch.tensor(step) if on_device else step
+            sparse_adam_(*others, moment, indices, grad, number, 0.01, 0.9, 0.999, 1e-6)
+        wanted = square + (before - square) * 0.999**n_steps
+        # Of 768 entries; the standard deviation of one is below half a gap for each step's root.
+        gap = torch.finfo(dtype).eps * max(before, wanted) / 2
+        limit = 5 * (n_steps / moment.numel()) ** 0.5 * gap
+        assert moment.double().mean().item() == pytest.approx(wanted, abs=limit)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_second_moment_of_16_bits_is_reproducible(dtype, generator):
+    """The same bits for the same step, which are those of the reference's rounding."""
+    shape = (9, 31)
+    before = torch.rand(*shape, generator=generator).to(dtype)
+    indices, values = topk_coo(torch.randn(*shape, generator=generator).to(dtype), 200)
+    at = indices[0], indices[1]
+    position = indices[0] * shape[1] + indices[1]
+    second = before.float() * 0.75  # exactly
+    found = []
+    for step in (3, 3, 4):
+        moment = strided_views(before)["transposed"].clone()
+        others = torch.zeros(2, *shape, dtype=dtype)
+        sparse_adam_(*others, moment, indices, values * 0, step, 0.01, 0.9, 0.75, 1e-6)
+        seed = torch.tensor([step])
+        wanted = round_stochastically(second[at], before[at], seed, position)
+        assert torch.equal(moment[at], wanted)
+        found.append(moment)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
 
 
 @pytest.mark.parametrize("beta2", [0.0, 0.999, 0.999999])

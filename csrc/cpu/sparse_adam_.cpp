@@ -1,9 +1,11 @@
 // m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,
 // p -= lr sqrt(1 - b2^step) / (1 - b1^step) m / (sqrt(v) + eps),   at the given entries.
 //
+// v of 16 bits is rounded stochastically, with `step` as the seed: ops/sparse_adam_.py says why.
+//
 // Blocks of entries are loaded into contiguous arrays, updated there as vectors, and stored, while
 // the next block's entries, each a cache miss, are on their way.
-#include "../common.h"
+#include "../rounding.h"
 
 namespace sparsegrad {
 namespace {
@@ -25,6 +27,7 @@ void update(
     Matrix<const int64_t> indices,
     const T* values,
     int64_t value_stride,
+    int64_t step,
     double step_size,
     double beta1,
     double beta2,
@@ -59,7 +62,12 @@ void update(
           const int64_t i = indices(0, first + e), j = indices(1, first + e);
           param(i, j) = static_cast<T>(p[e]);
           exp_avg(i, j) = static_cast<T>(m[e]);
-          exp_avg_sq(i, j) = static_cast<T>(v[e]);
+          if constexpr (sizeof(T) == 2) {
+            T& old = exp_avg_sq(i, j);
+            old = round_stochastically(v[e], old, i * exp_avg_sq.cols + j, step);
+          } else {
+            exp_avg_sq(i, j) = v[e];
+          }
         }
       }
     });
@@ -102,7 +110,7 @@ void sparse_adam_(
     update(
         mutable_matrix<T>(param), mutable_matrix<T>(exp_avg), mutable_matrix<T>(exp_avg_sq),
         entries, static_cast<const T*>(values.const_data_ptr()), values.stride(0),
-        size, beta1, beta2, eps);
+        step, size, beta1, beta2, eps);
   });
 }
 

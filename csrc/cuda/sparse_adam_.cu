@@ -1,8 +1,11 @@
 // m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,
 // p -= lr sqrt(1 - b2^step) / (1 - b1^step) m / (sqrt(v) + eps),   at the given entries.
 //
+// v of 16 bits is rounded stochastically, with `step` as the seed: ops/sparse_adam_.py says why.
+//
 // One thread for each entry. Neighbouring lanes take neighbouring entries, so where those are
 // adjacent in a row the hardware merges their loads and stores: wider ones per thread gain nothing.
+#include "../rounding.h"
 #include "common.cuh"
 
 namespace sparsegrad {
@@ -12,10 +15,14 @@ constexpr int kThreads = 128;  // few, so that the entries of one layer reach al
 
 // lr sqrt(1 - b2^step) / (1 - b1^step), known to the host.
 struct HostStepSize {
+  int64_t step;
   double size;
 
   __device__ double operator()() const {
     return size;
+  }
+  __device__ int64_t seed() const {
+    return step;
   }
 };
 
@@ -51,6 +58,9 @@ struct DeviceStepSize {
   __device__ double operator()() const {
     const double n = step.load();
     return lr.load() * sqrt(-expm1(n * log_beta2)) / -expm1(n * log_beta1);
+  }
+  __device__ int64_t seed() const {
+    return static_cast<int64_t>(step.load());
   }
 };
 
@@ -100,7 +110,12 @@ __global__ void __launch_bounds__(kThreads) update(State<T> state, StepSize step
 
   state.param(i, j) = static_cast<T>(p);
   state.exp_avg(i, j) = static_cast<T>(m);
-  state.exp_avg_sq(i, j) = static_cast<T>(v);
+  if constexpr (sizeof(T) == 2) {
+    T& old = state.exp_avg_sq(i, j);
+    old = round_stochastically(v, old, i * state.exp_avg_sq.cols + j, step_size.seed());
+  } else {
+    state.exp_avg_sq(i, j) = v;
+  }
 }
 
 struct Arguments {
@@ -169,7 +184,7 @@ void sparse_adam_(
   const Arguments arguments{param, exp_avg, exp_avg_sq, indices, values, beta1, beta2, eps};
   check(arguments);
   const double bias1 = 1 - std::pow(beta1, step), bias2 = 1 - std::pow(beta2, step);
-  run(arguments, HostStepSize{lr * std::sqrt(bias2) / bias1});
+  run(arguments, HostStepSize{step, lr * std::sqrt(bias2) / bias1});
 }
 
 void sparse_adam_tensor_step_(

@@ -11,9 +11,8 @@ from triton.language.random import philox_impl
 
 
 @triton.jit
-def _random_words(seed, position):
+def _random_words(key, position):
     """32 random bits for each `position` (int64), by Philox 4x32-10."""
-    key = tl.load(seed)
     zeros = tl.zeros_like(position).to(tl.uint32)
     word, _, _, _ = philox_impl(
         position.to(tl.uint32),
@@ -27,11 +26,11 @@ def _random_words(seed, position):
 
 
 @triton.jit
-def _rounded_stochastically(total, old, seed, position):
-    """`total` (float32) in the dtype of `old`, bfloat16 or float16."""
+def rounded_stochastically(total, old, key, position):
+    """`total` (float32) in the dtype of `old`, bfloat16 or float16; `key`: the seed, int64."""
     dropped: tl.constexpr = 16 if old.dtype == tl.bfloat16 else 13
     largest: tl.constexpr = 3.3895313892515355e38 if old.dtype == tl.bfloat16 else 65504.0
-    random = _random_words(seed, position)
+    random = _random_words(key, position)
     bits = total.to(tl.int32, bitcast=True)
     low = bits & ((1 << dropped) - 1)
     up = (random >> (32 - dropped)).to(tl.int32) < low
@@ -58,7 +57,7 @@ def rounded(total, old, seed, position, STOCHASTIC: tl.constexpr):
         position: of each element in the matrix, row-major, int64.
     """
     if STOCHASTIC:
-        result = _rounded_stochastically(total, old, seed, position)
+        result = rounded_stochastically(total, old, tl.load(seed), position)
     else:
         result = total.to(old.dtype)
     return result

@@ -9,9 +9,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import implement, needs_int64
+from ._rounding import rounded_stochastically
 from ._scalars import float64_bits, from_bits
 
-_SCALARS = ["step_size_bits", "decay1_bits", "decay2_bits", "beta1_bits", "beta2_bits", "eps_bits"]
+_SCALARS = [
+    "step",
+    "step_size_bits",
+    "decay1_bits",
+    "decay2_bits",
+    "beta1_bits",
+    "beta2_bits",
+    "eps_bits",
+]
 
 
 @triton.jit(do_not_specialize=_SCALARS)
@@ -21,9 +30,10 @@ def _adam(
     exp_avg_sq_ptr,
     indices_ptr,  # [2, k]
     values_ptr,  # [k]
-    step_ptr,  # one number, or None: then step_size_bits holds the step size
+    step_ptr,  # one number, or None: then `step` holds it, and step_size_bits the step size
     lr_ptr,
     k,
+    n_cols,
     param_stride0,
     param_stride1,
     exp_avg_stride0,
@@ -33,6 +43,7 @@ def _adam(
     indices_stride0,
     indices_stride1,
     values_stride,
+    step,
     step_size_bits,
     decay1_bits,  # -log(beta1)
     decay2_bits,
@@ -63,16 +74,19 @@ def _adam(
     v_ptr = exp_avg_sq_ptr + row * exp_avg_sq_stride0 + col * exp_avg_sq_stride1
     p = tl.load(p_ptr, mask=inside, other=0.0).to(wide)
     m = tl.load(m_ptr, mask=inside, other=0.0).to(wide)
-    v = tl.load(v_ptr, mask=inside, other=1.0).to(wide)
+    old = tl.load(v_ptr, mask=inside, other=1.0)
+    v = old.to(wide)
 
     # Compute: scalars in float64.
     if STEP_ON_DEVICE:
-        step = tl.load(step_ptr).to(tl.float64)
+        number = tl.load(step_ptr)
         lr = tl.load(lr_ptr).to(tl.float64)
-        correction1 = 1 - tl.exp(-step * from_bits(decay1_bits))  # 1 - beta1^step
-        correction2 = 1 - tl.exp(-step * from_bits(decay2_bits))
+        # 1 - beta1^step
+        correction1 = 1 - tl.exp(-number.to(tl.float64) * from_bits(decay1_bits))
+        correction2 = 1 - tl.exp(-number.to(tl.float64) * from_bits(decay2_bits))
         step_size = (lr * tl.sqrt(correction2) / correction1).to(wide)
     else:
+        number = step
         step_size = from_bits(step_size_bits).to(wide)
     m = _lerp(m, g, (1 - from_bits(beta1_bits)).to(wide))
     v = _lerp(v, g * g, (1 - from_bits(beta2_bits)).to(wide))
@@ -85,6 +99,10 @@ def _adam(
 
     # Store.
     tl.store(m_ptr, m.to(dtype), mask=inside)
+    if dtype == tl.bfloat16 or dtype == tl.float16:
+        # As ops/sparse_adam_.py says.
+        position = row.to(tl.int64) * n_cols + col
+        v = rounded_stochastically(v, old, number.to(tl.int64), position)
     tl.store(v_ptr, v.to(dtype), mask=inside)
     tl.store(p_ptr, p.to(dtype), mask=inside)
 
@@ -107,7 +125,7 @@ def _launch(
     exp_avg_sq: Tensor,
     indices: Tensor,
     values: Tensor,
-    step: Tensor | None,
+    step: int | Tensor,
     lr: Tensor | None,
     step_size: float,
     beta1: float,
@@ -117,6 +135,7 @@ def _launch(
     k = values.shape[0]
     if k == 0:
         return
+    step_on_device = isinstance(step, Tensor)
     decays = [-math.log(beta) if beta > 0 else math.inf for beta in (beta1, beta2)]
     _adam[(triton.cdiv(k, BLOCK),)](
         param,
@@ -124,16 +143,18 @@ def _launch(
         exp_avg_sq,
         indices,
         values,
-        step,
+        step if step_on_device else None,
         lr,
         k,
+        param.shape[1],
         *param.stride(),
         *exp_avg.stride(),
         *exp_avg_sq.stride(),
         *indices.stride(),
         values.stride(0),
+        0 if step_on_device else step,
         *(float64_bits(x) for x in (step_size, *decays, beta1, beta2, eps)),
-        STEP_ON_DEVICE=step is not None,
+        STEP_ON_DEVICE=step_on_device,
         WIDE=needs_int64(param, exp_avg, exp_avg_sq, indices, values[None]) or k >= 2**31 - BLOCK,
         BLOCK=BLOCK,
         num_warps=WARPS,
@@ -155,7 +176,7 @@ def sparse_adam_(
 ) -> None:
     step_size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
     state = (param, exp_avg, exp_avg_sq, indices, values)
-    _launch(*state, None, None, step_size, beta1, beta2, eps)
+    _launch(*state, step, None, step_size, beta1, beta2, eps)
 
 
 @implement("_sparse_adam_tensor_step_")

@@ -24,15 +24,18 @@ def _philox(position: Tensor, seed: Tensor) -> Tensor:
     return c0
 
 
-def round_stochastically(total: Tensor, old: Tensor, seed: Tensor) -> Tensor:
+def round_stochastically(
+    total: Tensor, old: Tensor, seed: Tensor, position: Tensor | None = None
+) -> Tensor:
     """`total` (float32) in the dtype of `old`: up with the share of the gap it is above the lower.
 
     What is representable, and what equals `old`, stays as it is; NaN, infinities and what lies
     beyond the largest finite number are rounded to nearest. An element's random bits depend on
-    `seed [1]` (int64) and on its position alone.
+    `seed [1]` (int64) and on its `position` (int64; by default its row-major index) alone.
     """
     dropped = 16 if old.dtype == torch.bfloat16 else 13
-    position = torch.arange(total.numel(), device=total.device).view(total.shape)
+    if position is None:
+        position = torch.arange(total.numel(), device=total.device).view(total.shape)
     random = _philox(position, seed)
     bits = total.view(torch.int32)
     low = bits & ((1 << dropped) - 1)

@@ -1,4 +1,9 @@
-"""One lazy Adam step on k entries: moments and parameter elsewhere are left as they are."""
+"""One lazy Adam step on k entries: moments and parameter elsewhere are left as they are.
+
+A step changes the second moment by `1 - beta2` of itself, about a thousandth, which in 16 bits
+rounding to nearest would drop: after some hundred steps of an entry it would no longer follow, nor
+ever decay. So there it is rounded stochastically, its random bits those of the step and the entry.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from torch import Tensor
 
 from ._checks import FLOAT_DTYPES, check_coo, check_like, check_matrix, check_shape, check_tensor
 from ._library import call_in_bounds, define
+from ._rounding import round_stochastically
 
 
 def _update(
@@ -18,6 +24,7 @@ def _update(
     exp_avg_sq: Tensor,
     indices: Tensor,
     values: Tensor,
+    step: int | Tensor,
     step_size: float | Tensor,
     beta1: float,
     beta2: float,
@@ -32,7 +39,13 @@ def _update(
     # First what autograd may refuse: then nothing has been written.
     param[entries] = (param[entries].to(wide) - update).to(param.dtype)
     exp_avg[entries] = first.to(exp_avg.dtype)
-    exp_avg_sq[entries] = second.to(exp_avg_sq.dtype)
+    if exp_avg_sq.dtype in (torch.bfloat16, torch.float16):
+        if not isinstance(step, Tensor):
+            step = torch.full((1,), step, device=param.device)
+        seed = step.reshape(1).to(torch.int64)
+        position = indices[0] * param.shape[1] + indices[1]
+        second = round_stochastically(second, exp_avg_sq[entries], seed, position)
+    exp_avg_sq[entries] = second
 
 
 def _reference(
@@ -48,7 +61,7 @@ def _reference(
     eps: float,
 ) -> None:
     step_size = lr * (1 - beta2**step) ** 0.5 / (1 - beta1**step)
-    _update(param, exp_avg, exp_avg_sq, indices, values, step_size, beta1, beta2, eps)
+    _update(param, exp_avg, exp_avg_sq, indices, values, step, step_size, beta1, beta2, eps)
 
 
 def _reference_tensor_step(
@@ -69,7 +82,7 @@ def _reference_tensor_step(
         for beta in (beta1, beta2)
     ]
     step_size = (lr.double() * corrections[1].sqrt() / corrections[0]).reshape(())
-    _update(param, exp_avg, exp_avg_sq, indices, values, step_size, beta1, beta2, eps)
+    _update(param, exp_avg, exp_avg_sq, indices, values, step, step_size, beta1, beta2, eps)
 
 
 def _fake(*args) -> None:
@@ -134,6 +147,8 @@ def sparse_adam_(
 
     `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g^2`,
     `p -= lr sqrt(1 - b2^step) / (1 - b1^step) m / (sqrt(v) + eps)`.
+
+    In bfloat16 and float16 `v` is rounded stochastically, by the same bits for the same step.
 
     With `step` or `lr` as a tensor the launch can be captured in a CUDA graph, and each replay
     reads what they then hold: nothing waits for the device, and their values are not checked.
