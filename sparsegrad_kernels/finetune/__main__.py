@@ -49,6 +49,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--energy", type=float, help="truncate the basis to this share of the gradient's energy")
     add("--modes", choices=MODES, default="both", help="of the gradient, which get a basis")
     add("--weight-space", choices=["original", "transformed"], default="original")
+    add(
+        "--delta-dtype",
+        choices=["float32", "bfloat16"],
+        help="of the gradient and moments of SparseGrad layers; by default the weights', float32",
+    )
     add("--per-layer-basis", action="store_true", help="one basis for each layer, not each role")
     add("--basis-steps", type=int, default=30, help="batches of the preliminary phase")
     add("--layers", help='which blocks, as a slice: "::3" is every third')
@@ -110,6 +115,7 @@ class Job:
             layers=args.layers,
             shared_basis=not args.per_layer_basis,
             weight_space=args.weight_space,
+            delta_dtype=args.delta_dtype and getattr(torch, args.delta_dtype),
         )
         self.pretrained: Pretrained = find_pretrained(args.model)
         self.data: TextData = load_data(args.data, args.task)
