@@ -171,6 +171,26 @@ def test_what_a_graph_writes_is_folded(sync_free, monkeypatch, generator):
         torch.testing.assert_close(layer.dense_weight(), expected)
 
 
+@pytest.mark.parametrize("captured", ["optimizer", "compiled"])
+def test_what_another_graph_writes_is_folded(captured, sync_free, monkeypatch, generator):
+    """One of the optimizer's step alone, or one with a compiled forward, which nobody notices."""
+    torch._dynamo.reset()
+    linear, basis = nn.Linear(7, 11).double(), make_basis("full", 7, 11, generator)
+    layer = SparseGradLinear.from_linear(linear, basis, k=9)
+    (x, *_), (g, *_) = data(generator)
+    optimizer = SparseAdam(layer.parameters(), lr=torch.tensor(0.05), capturable=True)
+    (torch.compile(layer, fullgraph=True) if captured == "compiled" else layer)(x).backward(g)
+    with monkeypatch.context() as graph:
+        if captured == "optimizer":
+            graph.setattr("sparsegrad_kernels.optim.is_captured", lambda tensor: True)
+        optimizer.step()
+    for _ in range(2):
+        before = layer.dense_weight()
+        layer.delta.data[2, 3] = 1
+        expected = before + torch.outer(layer.v[2], layer.u[3])
+        torch.testing.assert_close(layer.dense_weight(), expected)
+
+
 def test_accumulated_gradients_are_summed(sync_free, generator):
     linear = nn.Linear(7, 11).double()
     (x, _, _, _), (g, h, _, _) = data(generator)

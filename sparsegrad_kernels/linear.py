@@ -268,8 +268,8 @@ class SparseGradLinear(nn.Module):
         self.k = self._resolve_k(k, density, shape)
         # The optimizer's write into `delta` is noticed by its version; None: look at its content.
         self._folded_version: int | None = None
-        # Whether a CUDA graph folds: its replays write into `delta` and count no versions.
-        self._is_captured = False
+        # Where a CUDA graph may write into `delta`: its replays count no versions.
+        self._always_folds = False
         # Of the last forward. After one in 16 bits the update needs no more digits than those.
         self._computes_in: torch.dtype | None = None
         # Shared by all layers of a group, also through `.to(device)`: a submodule is moved once.
@@ -365,9 +365,11 @@ class SparseGradLinear(nn.Module):
         if torch.compiler.is_compiling():
             with torch.no_grad():
                 _fold_delta_op(self._parameters["weight"], delta, self.u, self.v, self.k, self.seed)
+            self._always_folds = True  # compiled code cannot ask whether it is captured
             return
-        self._is_captured = self._is_captured or is_captured(delta)
-        if self._is_captured or delta._version != self._folded_version:
+        is_graphed = is_captured(delta) or getattr(delta, "is_written_by_graph", False)
+        self._always_folds = self._always_folds or is_graphed
+        if self._always_folds or delta._version != self._folded_version:
             weight, u, v = cast(Tensor, self._parameters["weight"]), self.u, self.v
             is_narrow = self._computes_in in (torch.bfloat16, torch.float16)
             as_tf32 = is_narrow and u is not None and v is not None
@@ -458,7 +460,7 @@ class SparseGradLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.fold()
-        return {**self.__dict__, "_folded_version": None, "_is_captured": False}
+        return {**self.__dict__, "_folded_version": None, "_always_folds": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

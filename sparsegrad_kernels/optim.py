@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from .ops._library import is_sync_free
+from .ops._library import is_captured, is_sync_free
 from .ops.sparse_adam_ import update_
 
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -115,6 +115,8 @@ class SparseAdam(Optimizer):
         capturable, lr, (beta1, beta2) = group["capturable"], group["lr"], group["betas"]
         rates: dict[torch.device, float | Tensor] = {}
         for param, state in zip(params, states, strict=True):
+            if capturable and is_captured(param):  # a SparseGradLinear reads it
+                param.is_written_by_graph = True  # type: ignore[attr-defined]
             if param.device not in rates:
                 rates[param.device] = _rate(lr, param.device) if capturable else float(lr)
             expected = getattr(param, "sparse_grad_entries", None)
