@@ -3,7 +3,7 @@
 namespace sparsegrad {
 namespace {
 
-constexpr int64_t kBlock = 32;      // elements looked at together
+constexpr int64_t kBlock = 32;       // elements looked at together: the bits of a word
 constexpr int64_t kRun = 8192;      // elements between two looks at the room left
 constexpr int64_t kSlack = 1 << 16;  // candidates held beyond 2 k
 constexpr int kDigit = 11;           // bits of a digit of the radix selection
@@ -73,17 +73,16 @@ void Candidates<Key>::add(const Key* bits, int64_t n, int64_t first) {
     simd([&]() SPARSEGRAD_INLINE {
       int64_t i = done;
       for (; i + kBlock <= end; i += kBlock) {
-        Key largest = 0;
+        // A NaN whose rank is below may pass: it is not among the k largest all the same.
+        uint32_t passing = 0;
         for (int64_t j = 0; j < kBlock; ++j) {
-          largest = std::max(largest, magnitude(bits[i + j]));
+          passing |= static_cast<uint32_t>(magnitude(bits[i + j]) >= lower) << j;
         }
-        if (largest < lower) {
-          continue;
-        }
-        for (int64_t j = i; j < i + kBlock; ++j) {
+        for (; passing != 0; passing &= passing - 1) {
+          const int64_t j = i + std::countr_zero(passing);
           out_bits[size] = bits[j];
           out_linear[size] = first + j;
-          size += rank_of(bits[j], infinity) >= lower;
+          ++size;
         }
       }
       for (; i < end; ++i) {
