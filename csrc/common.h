@@ -20,6 +20,7 @@
 #include <memory>
 #include <tuple>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 // A lambda or function so marked becomes part of the loop that `simd` compiles.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import ops
 from .ops._library import has_kernel, is_sync_free
+from .ops.take_entries_ import take_entries_
 from .ops.token_products import token_products
 from .ops.topk_coo import select
 
@@ -271,11 +272,9 @@ def fold_delta(
     if is_sync_free(delta):
         _sync_free_fold(weight, delta, u, v, k, seed)
     else:
-        indices = delta.nonzero().T
+        indices, values = take_entries_(delta)
         if indices.shape[1]:
-            entries = (indices[0], indices[1])
-            ops.fold_(weight, u, v, indices, delta[entries].to(weight.dtype), seed)
-            delta[entries] = 0
+            ops.fold_(weight, u, v, indices, values.to(weight.dtype), seed)
     if seed is not None:
         seed += 1
 
