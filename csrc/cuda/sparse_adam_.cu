@@ -82,21 +82,27 @@ __device__ W lerp(W a, W b, W weight) {
 template <class T, class StepSize>
 __global__ void __launch_bounds__(kThreads) update(State<T> state, StepSize step_size) {
   using W = wide_t<T>;
+  constexpr bool kRounds = sizeof(T) == 2;
   // The device's step size takes the time of a load: one thread computes it while all load.
   __shared__ W shared_size;
+  __shared__ [[maybe_unused]] int64_t shared_seed;
   if (threadIdx.x == 0) {
     shared_size = static_cast<W>(step_size());
+    if constexpr (kRounds) {
+      shared_seed = step_size.seed();
+    }
   }
 
   const int64_t e = int64_t{blockIdx.x} * kThreads + threadIdx.x;
   const bool inside = e < state.entries.indices.cols;
   int64_t i = 0, j = 0;
-  W p = 0, m = 0, v = 0, g = 0;
+  W p = 0, m = 0, g = 0;
+  T old_v{};
   if (inside) {
     state.entries.load(e, i, j);
     p = static_cast<W>(state.param(i, j));
     m = static_cast<W>(state.exp_avg(i, j));
-    v = static_cast<W>(state.exp_avg_sq(i, j));
+    old_v = state.exp_avg_sq(i, j);
     g = static_cast<W>(state.values[e * state.value_stride]);
   }
   __syncthreads();
@@ -105,14 +111,14 @@ __global__ void __launch_bounds__(kThreads) update(State<T> state, StepSize step
   }
 
   m = lerp(m, g, state.weight1);
-  v = lerp(v, g * g, state.weight2);
+  const W v = lerp(static_cast<W>(old_v), g * g, state.weight2);
   p -= shared_size * m / (sqrt(v) + state.eps);
 
   state.param(i, j) = static_cast<T>(p);
   state.exp_avg(i, j) = static_cast<T>(m);
-  if constexpr (sizeof(T) == 2) {
-    T& old = state.exp_avg_sq(i, j);
-    old = round_stochastically(v, old, i * state.exp_avg_sq.cols + j, step_size.seed());
+  if constexpr (kRounds) {
+    const int64_t place = i * state.exp_avg_sq.cols + j;
+    state.exp_avg_sq(i, j) = round_stochastically(v, old_v, place, shared_seed);
   } else {
     state.exp_avg_sq(i, j) = v;
   }
