@@ -365,9 +365,17 @@ MIXED += [(torch.bfloat16, torch.float32), (torch.float16, torch.float32)]
 
 @pytest.mark.parametrize(("dtype", "delta_dtype"), MIXED)
 @pytest.mark.parametrize("kind", BASES)
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-def test_delta_dtype(kind, dtype, delta_dtype, compiled, generator):
+def test_delta_dtype(kind, dtype, delta_dtype, generator):
+    check_delta_dtype(kind, dtype, delta_dtype, False, generator)
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_delta_dtype_compiled(kind, generator):
     torch._dynamo.reset()
+    check_delta_dtype(kind, torch.float32, torch.bfloat16, True, generator)
+
+
+def check_delta_dtype(kind, dtype, delta_dtype, compiled, generator):
     linear, x, g = problem(generator)
     linear.to(dtype)
     layer = SparseGradLinear.from_linear(
@@ -388,7 +396,7 @@ def test_delta_dtype(kind, dtype, delta_dtype, compiled, generator):
         assert found == {delta_dtype}
         # What the optimizer wrote is folded with no digit of it lost, in the weight's.
         update = layer.delta.detach().double()
-        assert torch.count_nonzero(update) == 9
+        assert torch.count_nonzero(update) == torch.count_nonzero(layer.delta.grad.to_dense()) > 0
         update = update if layer.u is None else update @ layer.u.double()
         update = update if layer.v is None else layer.v.double().T @ update
         wanted = before.double() + update
