@@ -424,6 +424,11 @@ def test_delta_dtype_stays(generator):
         assert torch.equal(copied.weight, restored.weight)
         for one in (layer, copied, restored):
             assert one.delta.dtype == one.delta_dtype == torch.bfloat16
+    optimizer.zero_grad()
+    layer(x.float()).backward(g.float())
+    layer.double()
+    assert delta.grad.dtype == torch.bfloat16
+    optimizer.step()
     plain = SparseGradLinear(7, 11)
     assert plain.delta_dtype is None
     assert plain.double().delta.dtype == torch.float64

@@ -7,6 +7,7 @@ loaded; on a CUDA device the same step is captured in a graph.
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -189,6 +190,16 @@ def test_what_another_graph_writes_is_folded(captured, sync_free, monkeypatch, g
         layer.delta.data[2, 3] = 1
         expected = before + torch.outer(layer.v[2], layer.u[3])
         torch.testing.assert_close(layer.dense_weight(), expected)
+
+
+def test_a_compiled_layer_is_used_twice_in_one_pass(sync_free, generator):
+    """Eagerly: folding at every use writes nothing that autograd would have to know of."""
+    torch._dynamo.reset()
+    layer = SparseGradLinear.from_linear(nn.Linear(7, 11).double(), k=9)
+    (x, *_), (g, *_) = data(generator)
+    torch.compile(layer, fullgraph=True)(x)
+    (layer(x) + layer(x)).backward(g)
+    assert torch.equal(pickle.loads(pickle.dumps(layer)).weight, layer.weight)
 
 
 def test_accumulated_gradients_are_summed(sync_free, generator):

@@ -6,11 +6,13 @@ With `x~ = x U^T`, `g~ = g V^T` (design section 1) the gradient of the transform
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import _unsafe_preserve_version_counter
 from torch.autograd.function import once_differentiable
 
 from ._gradient import backward, fold_delta
@@ -177,7 +179,8 @@ class SparseGradLinear(nn.Module):
             space): those too small to change it by rounding to nearest then do so on average.
         delta_dtype: of `delta` (original space), its gradient and so the optimizer's moments, also
             after `.to(dtype)`; None: the weight's. `torch.bfloat16` halves what training adds to
-            float32 weights: the update then has bfloat16's digits, the weight keeps its own.
+            float32 weights: the update then has bfloat16's digits, the weight keeps its own. On a
+            GPU torch's `GradScaler` takes no gradients in bfloat16: use bfloat16 autocast.
         device, dtype: of the parameters.
 
     Shape:
@@ -375,7 +378,10 @@ class SparseGradLinear(nn.Module):
             as_tf32 = is_narrow and u is not None and v is not None
             if as_tf32 and self._computes_in is torch.bfloat16 and _folds_rounded(weight):
                 as_tf32, (u, v) = False, self._factors(torch.bfloat16)
-            with torch.no_grad(), multiplying_as_tf32(as_tf32):
+            # Where torch knows of no write, mostly nothing is there: autograd is not told of any.
+            is_known = delta._version != self._folded_version
+            counted = nullcontext() if is_known else _unsafe_preserve_version_counter(weight)
+            with torch.no_grad(), multiplying_as_tf32(as_tf32), counted:
                 _fold_delta_op(weight, delta, u, v, self.k, self.seed)
             self._folded_version = delta._version
 
@@ -452,6 +458,8 @@ class SparseGradLinear(nn.Module):
         super()._apply(fn, recurse)
         if self.delta is not None and self.delta_dtype is not None:
             self.delta.data = self.delta.data.to(self.delta_dtype)
+            if self.delta.grad is not None:
+                self.delta.grad.data = self.delta.grad.data.to(self.delta_dtype)
         dtype = cast(Tensor, self._parameters["weight"]).dtype
         if dtype not in (torch.bfloat16, torch.float16):
             self.seed = None  # there is nothing to round
@@ -465,6 +473,8 @@ class SparseGradLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._mark_sparse_parameter()
+        if self.delta is not None:
+            self.delta.__dict__.pop("is_written_by_graph", None)
 
     def _factors_of_the_weight(self) -> list[tuple[str, Tensor]]:
         """What `state_dict` holds besides `W~`, in the transformed space."""

@@ -45,7 +45,7 @@ def _update(
         seed = step.reshape(1).to(torch.int64)
         position = indices[0] * param.shape[1] + indices[1]
         second = round_stochastically(second, exp_avg_sq[entries], seed, position)
-    exp_avg_sq[entries] = second
+    exp_avg_sq[entries] = second.to(exp_avg_sq.dtype)
 
 
 def _reference(
