@@ -451,6 +451,18 @@ def test_sparse_adam(size, dtype, step, generator):
             assert_bits(got.cpu()[untouched], before[untouched])
 
 
+@dtypes
+@pytest.mark.parametrize("on_device", [False, True], ids=["int", "tensor"])
+def test_sparse_adam_without_a_first_moment_small(dtype, on_device, generator):
+    param, first, second, *coo = (put(t) for t in adam_arguments((1, 33, 50), dtype, generator))
+    peers = [t.clone() for t in (param, first, second)]
+    step = torch.tensor(3, device=DEVICE) if on_device else 3
+    ops.sparse_adam_(*peers, *coo, step, 0.01, 0.0, 0.99, 1e-6)
+    ops.sparse_adam_(param, None, second, *coo, step, 0.01, 0.0, 0.99, 1e-6)
+    assert_bits(param, peers[0])
+    assert_bits(second, peers[2])
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 @pytest.mark.parametrize("step", ["int", "float32", "int64"])
 def test_sparse_adam_rounds_by_chance_small(dtype, step, generator):
@@ -612,7 +624,7 @@ def test_layer_folds_after_bfloat16_small(sides, generator):
     v = orthogonal(n_out, generator, torch.float32) if sides in ("both", "out") else None
     basis = None if u is None and v is None else Basis(u, v)
     layer = SparseGradLinear(n_in, n_out, basis, k=50).to(DEVICE)
-    optimizer = SparseAdam(layer.parameters(), lr=1e-3)
+    optimizer = torch.optim.SparseAdam([layer.delta], lr=1e-3)  # which leaves the fold to the layer
     x = torch.randn(16, n_in, generator=generator)
     for _ in range(2):
         before = layer.weight.detach().clone()

@@ -383,6 +383,8 @@ def check_delta_dtype(kind, dtype, delta_dtype, compiled, generator):
     )
     module = torch.compile(layer, fullgraph=True) if compiled else layer
     optimizer = SparseAdam(layer.parameters(), lr=0.05)
+    peer = nn.Parameter(torch.zeros(layer.delta.shape, dtype=delta_dtype))
+    peers_optimizer = SparseAdam([peer], lr=0.05)
     for _ in range(3):
         before, used = layer.dense_weight(), layer.bias.detach().clone()
         optimizer.zero_grad()
@@ -391,11 +393,14 @@ def check_delta_dtype(kind, dtype, delta_dtype, compiled, generator):
         y.backward(g.to(dtype))
         nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
         optimizer.step()
+        peer.grad = layer.delta.grad.clone()
+        peers_optimizer.step()
         state = optimizer.state[layer.delta]
         found = {t.dtype for t in (layer.delta, layer.delta.grad, *list(state.values())[1:])}
         assert found == {delta_dtype}
-        # What the optimizer wrote is folded with no digit of it lost, in the weight's.
-        update = layer.delta.detach().double()
+        # What the optimizer makes is folded with no digit of it lost, in the weight's.
+        update = peer.detach().double()
+        peer.data.zero_()
         assert torch.count_nonzero(update) == torch.count_nonzero(layer.delta.grad.to_dense()) > 0
         update = update if layer.u is None else update @ layer.u.double()
         update = update if layer.v is None else layer.v.double().T @ update
@@ -492,13 +497,13 @@ def test_gradient_checkpointing(reentrant, generator):
 
 
 def stepped(generator, kind="full", space="original"):
-    """A layer with an update that is not yet folded, and the weight before."""
+    """A layer with an update that is not yet folded, as others' optimizers leave it; its weight."""
     linear, x, g = problem(generator)
     layer = SparseGradLinear.from_linear(
         linear, make_basis(kind, 7, 11, generator), k=9, weight_space=space
     )
     layer(x).backward(g)
-    SparseAdam(layer.parameters(), lr=0.1).step()
+    torch.optim.SparseAdam([sparse_parameter(layer)], lr=0.1).step()
     wanted = linear.weight.detach().clone()
     if layer.delta is not None:
         assert layer.delta.abs().sum() > 0

@@ -82,7 +82,163 @@ def test_gradient_accumulation(generator):
     SparseAdam([ours.delta], lr=0.1).step()
     peer.delta.grad = sparse(total, n)
     torch.optim.SparseAdam([peer.delta], lr=0.1).step()
-    torch.testing.assert_close(ours.delta, peer.delta)
+    torch.testing.assert_close(ours.weight, peer.weight)
+
+
+def rotated(kind: str, generator, **settings) -> SparseGradLinear:
+    basis = {
+        "identity": None,
+        "full": Basis(orthogonal(6, generator), orthogonal(8, generator)),
+        "smaller": Basis(orthogonal(6, generator), None),
+        "truncated": Basis(orthogonal(6, generator)[:4], orthogonal(8, generator)[:5]),
+    }[kind]
+    return SparseGradLinear(6, 8, basis, k=10, **settings)
+
+
+def batches_of(n: int, generator) -> list[torch.Tensor]:
+    return [torch.randn(5, 6, generator=generator) for _ in range(n)]
+
+
+def run(model, optimizers, batches) -> None:
+    for x in batches:
+        model(x).square().sum().backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("beta1", [0.9, 0.0])
+@pytest.mark.parametrize("kind", ["identity", "full", "smaller", "truncated"])
+def test_layer_trains_as_with_torch(kind, beta1, generator):
+    """A delta of no memory, folded in the step, against one that is read at the next forward."""
+    ours = rotated(kind, generator)
+    peer = copy.deepcopy(ours)
+    batches, settings = batches_of(9, generator), {"lr": 0.05, "betas": (beta1, 0.99)}
+    optimizer = SparseAdam(ours.parameters(), weight_decay=0.1, **settings)
+    assert ours.delta.untyped_storage().nbytes() == 4
+    run(ours, [optimizer], batches)
+    foreign = torch.optim.SparseAdam([peer.delta], **settings)
+    dense = torch.optim.AdamW([peer.bias], weight_decay=0.1, **settings)
+    run(peer, [foreign, dense], batches)
+    assert ours.delta.untyped_storage().nbytes() == 4
+    assert ("exp_avg" in optimizer.state[ours.delta]) == (beta1 > 0)
+    torch.testing.assert_close(ours.dense_weight(), peer.dense_weight())
+    torch.testing.assert_close(ours.bias, peer.bias)
+    assert torch.equal(ours._parameters["weight"], ours.weight)  # nothing waits to be folded
+
+
+@pytest.mark.parametrize("beta1", [0.9, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_training_keeps(dtype, beta1, generator):
+    """Of a layer the moments; of all layers of a size, one workspace."""
+    model = nn.Sequential(*(rotated("identity", generator, delta_dtype=dtype) for _ in range(3)))
+    for i in range(3):
+        model[i] = SparseGradLinear(6, 6, k=4, bias=False, delta_dtype=dtype)
+    optimizer = SparseAdam(model.parameters(), betas=(beta1, 0.999))
+    run(model, [optimizer], batches_of(2, generator))
+    kept = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
+        for layer in model
+        for t in (layer.delta, *optimizer.state[layer.delta].values())
+        if t.numel() > 1
+    }
+    kept |= {t.data_ptr(): t.untyped_storage().nbytes() for t in optimizer._workspaces.values()}
+    moments = 2 if beta1 else 1
+    assert sum(kept.values()) == dtype.itemsize * ((3 * moments + 1) * 36 + 3)
+    assert not any(t.any() for t in optimizer._workspaces.values())
+
+
+def test_first_moment_begins_where_its_decay_does(generator):
+    ours, peer = rotated("full", generator), None
+    optimizer = SparseAdam(ours.parameters(), lr=0.05, betas=(0.0, 0.99))
+    run(ours, [optimizer], batches_of(3, generator))
+    assert "exp_avg" not in optimizer.state[ours.delta]
+    for group in optimizer.param_groups:
+        group["betas"] = (0.9, 0.99)
+    peer = copy.deepcopy((ours, optimizer))
+    peer[1].state[peer[0].delta]["exp_avg"] = torch.zeros(8, 6)
+    batches = batches_of(3, generator)
+    run(ours, [optimizer], batches)
+    run(peer[0], [peer[1]], batches)
+    assert torch.equal(ours.weight, peer[0].weight)
+
+
+@pytest.mark.parametrize("write", ["torch", "sgd", "by hand"])
+def test_another_optimizer_is_refused(write, generator):
+    model = rotated("full", generator)
+    optimizer = SparseAdam(model.parameters(), lr=0.1)
+    run(model, [optimizer], batches_of(2, generator))
+    before = model.weight.clone()
+    model(batches_of(1, generator)[0]).square().sum().backward()
+    cls = torch.optim.SparseAdam if write == "torch" else torch.optim.SGD
+    if write == "by hand":
+        with torch.no_grad():
+            model.delta[0, 0] = 1.0
+    else:
+        cls([model.delta], lr=0.1).step()
+    with pytest.raises(RuntimeError, match="the write is lost. Train with that optimizer only"):
+        model(torch.ones(1, 6))
+    assert torch.equal(model.weight, before)
+    # A copy has its memory, and takes any optimizer; the layer itself goes on with its own.
+    copied = copy.deepcopy(model)
+    for each, other in ((copied, cls([copied.delta], lr=0.1)), (model, optimizer)):
+        run(each, [other], batches_of(2, generator))
+        assert not torch.equal(each.weight, before)
+
+
+@pytest.mark.parametrize("change", ["to", "half and back", "load_state_dict", "eval"])
+def test_delta_stays_without_memory(change, generator):
+    model = rotated("full", generator)
+    peer = copy.deepcopy(model)
+    batches = batches_of(4, generator)
+    optimizer = SparseAdam(model.parameters(), lr=0.05)
+    run(model, [optimizer], batches[:2])
+    run(peer, [peers := SparseAdam(peer.parameters(), lr=0.05)], batches[:2])
+    if change == "to":
+        model.to("cpu")
+    elif change == "half and back":
+        for each in (model, peer):  # which changes the weight
+            each.bfloat16()
+            each.float()
+    elif change == "load_state_dict":
+        state = copy.deepcopy(model.state_dict())
+        with torch.no_grad():
+            model.weight.zero_()
+        model.load_state_dict(state)
+    else:
+        model.eval().train()
+    assert model.delta.untyped_storage().nbytes() == 4
+    run(model, [optimizer], batches[2:])
+    run(peer, [peers], batches[2:])
+    assert torch.equal(model.weight, peer.weight)
+
+
+def test_a_step_that_fails_leaves_nothing_behind(generator, monkeypatch):
+    model = rotated("full", generator)
+    peer = copy.deepcopy(model)
+    batches = batches_of(2, generator)
+    optimizers = [SparseAdam(m.parameters(), lr=0.05, betas=(0.0, 0.99)) for m in (model, peer)]
+    model(batches[0]).square().sum().backward()
+
+    def fail(layer, update):
+        assert update.any()
+        raise RuntimeError("as if out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseGradLinear, "fold_update", fail)
+        with pytest.raises(RuntimeError, match="as if"):
+            optimizers[0].step()
+    assert not any(t.any() for t in optimizers[0]._workspaces.values())
+    assert torch.equal(model.weight, peer.weight)
+
+
+def test_a_delta_whose_layer_is_gone(generator):
+    model = rotated("full", generator)
+    optimizer = SparseAdam(model.parameters(), lr=0.05)
+    model(torch.ones(1, 6)).sum().backward()
+    del model
+    with pytest.raises(RuntimeError, match="params has the delta of a .* that is no more"):
+        optimizer.step()
 
 
 def test_mixed_model_groups_and_schedule(generator):
@@ -102,7 +258,6 @@ def test_mixed_model_groups_and_schedule(generator):
         schedule.step()
         optimizer.zero_grad()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-3, 1e-4])
-    model[0].fold()
     after = dict(model.named_parameters())
     changed = {name for name, value in before.items() if not torch.equal(after[name], value)}
     assert changed == {"0.weight", "0.bias", "2.weight", "2.bias"}
@@ -111,17 +266,11 @@ def test_mixed_model_groups_and_schedule(generator):
 def test_state_dict_resumes_exactly(generator):
     batches = [torch.randn(5, 6, generator=generator) for _ in range(6)]
 
-    def run(model, optimizer, batches):
-        for x in batches:
-            model(x).square().sum().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
     whole = layer(generator)
     resumed = copy.deepcopy(whole)
-    run(whole, SparseAdam(whole.parameters(), lr=0.01), batches)
+    run(whole, [SparseAdam(whole.parameters(), lr=0.01)], batches)
     optimizer = SparseAdam(resumed.parameters(), lr=0.01)
-    run(resumed, optimizer, batches[:3])
+    run(resumed, [optimizer], batches[:3])
     buffer = io.BytesIO()
     torch.save({"model": resumed.state_dict(), "optimizer": optimizer.state_dict()}, buffer)
     buffer.seek(0)
@@ -134,7 +283,7 @@ def test_state_dict_resumes_exactly(generator):
     fresh.load_state_dict(saved["model"])
     optimizer = SparseAdam(fresh.parameters(), lr=0.5)
     optimizer.load_state_dict(saved["optimizer"])
-    run(fresh, optimizer, batches[3:])
+    run(fresh, [optimizer], batches[3:])
     assert torch.equal(fresh.weight, whole.weight)
     assert torch.equal(fresh.bias, whole.bias)
 

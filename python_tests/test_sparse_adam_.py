@@ -129,6 +129,25 @@ def test_second_moment_of_16_bits_is_reproducible(dtype, generator):
     assert not torch.equal(found[0], found[2])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("on_device", [False, True], ids=["int", "tensor"])
+def test_no_first_moment(dtype, on_device, generator):
+    """Where beta1 is 0 it is the gradient, and there need be none."""
+    param, first, second = state((7, 40), dtype, generator)
+    indices, values = topk_coo(torch.randn(7, 40, generator=generator).to(dtype), 150)
+    hyper = (0.01, 0.0, 0.99, 1e-6)
+    wanted = oracle(param, first, second, indices, values, 5, *hyper)
+    peers = [t.clone() for t in (param, first, second)]
+    step = torch.tensor(5) if on_device else 5
+    sparse_adam_(*peers, indices, values, step, *hyper)
+    sparse_adam_(param, None, second, indices, values, step, *hyper)
+    assert torch.equal(param, peers[0])
+    assert torch.equal(second, peers[2])
+    torch.testing.assert_close(
+        param.double(), wanted[0], rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype]
+    )
+
+
 @pytest.mark.parametrize("beta2", [0.0, 0.999, 0.999999])
 def test_bias_correction_keeps_its_digits(beta2, generator):
     tensors = [torch.zeros(3, 4, dtype=torch.float64) for _ in range(3)]
@@ -148,6 +167,8 @@ def test_bad_input():
     i, v = torch.tensor([[0], [2]]), torch.ones(1)
     with pytest.raises(ValueError, match=r"exp_avg must have shape \(2, 3\) \(that of param\)"):
         sparse_adam_(p[0], torch.zeros(3, 2), p[2], i, v, 1, *HYPER)
+    with pytest.raises(TypeError, match="exp_avg must be a torch.Tensor, got NoneType"):
+        sparse_adam_(p[0], None, p[2], i, v, 1, *HYPER)
     with pytest.raises(TypeError, match="indices must be int64, got torch.int32"):
         sparse_adam_(*p, i.int(), v, 1, *HYPER)
     with pytest.raises(ValueError, match=r"indices must have shape \(2, 3\)"):
@@ -197,7 +218,12 @@ def test_opcheck(generator):
     torch.library.opcheck(OP, (*tensors, indices, values, 3, *HYPER))
     lr, *rest = HYPER
     args = (*tensors, indices, values, torch.tensor(3.0), torch.tensor(lr), *rest)
-    torch.library.opcheck(torch.ops.sparsegrad_kernels._sparse_adam_tensor_step_.default, args)
+    op_tensor_step = torch.ops.sparsegrad_kernels._sparse_adam_tensor_step_.default
+    torch.library.opcheck(op_tensor_step, args)
+    param, _, second = tensors
+    without = (param, None, second, indices, values)
+    torch.library.opcheck(OP, (*without, 3, lr, 0.0, *rest[1:]))
+    torch.library.opcheck(op_tensor_step, (*without, *args[5:7], 0.0, *rest[1:]))
 
 
 def test_compile(generator):

@@ -6,6 +6,7 @@ With `x~ = x U^T`, `g~ = g V^T` (design section 1) the gradient of the transform
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 from typing import Any, Literal, cast
 
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import _unsafe_preserve_version_counter
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._gradient import backward, fold_delta
 from .basis import Basis
@@ -144,6 +146,21 @@ torch.library.register_autograd(
 )
 
 
+# Of each parameter with a sparse gradient, a weak reference to its layer: for the optimizer.
+_layers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def layer_of(param: Tensor) -> SparseGradLinear | None:
+    """The layer whose parameter with a sparse gradient this is, if there is one."""
+    reference = _layers.get(param)
+    return None if reference is None else reference()
+
+
+def is_stored(delta: Tensor) -> bool:
+    """Whether a `delta` has memory for each entry. Else it is one zero, seen as a matrix."""
+    return delta.stride() != (0, 0)
+
+
 class SparseGradLinear(nn.Module):
     """A drop-in for `nn.Linear` that trains about 1% of its weight per step (paper section 3.2).
 
@@ -153,6 +170,8 @@ class SparseGradLinear(nn.Module):
     `W += V^T delta U` (`delta` is then zero again), before the weight is used: in `forward`, on
     reading `layer.weight`, in `state_dict`, `to_linear`, `eval`, copying, pickling and moving.
     Only iterating `named_parameters()` shows the stored tensor as it is: call `fold()` first.
+    `sparsegrad_kernels.SparseAdam` folds each update in its own step: it gives the memory of
+    `delta` back (which is then one zero, seen as a matrix), and no other optimizer can take over.
     The forward costs what `nn.Linear` costs, and `state_dict` is that of an `nn.Linear`.
 
     In `weight_space="transformed"` the layer is the paper's Table 2 to the letter: three products,
@@ -271,8 +290,9 @@ class SparseGradLinear(nn.Module):
         self.k = self._resolve_k(k, density, shape)
         # The optimizer's write into `delta` is noticed by its version; None: look at its content.
         self._folded_version: int | None = None
-        # Where a CUDA graph may write into `delta`: its replays count no versions.
-        self._always_folds = False
+        # Compiled code folds too, and so must the layer from then on, for nothing counts versions;
+        # nor do the replays of a CUDA graph, whose memory `delta` then is.
+        self._is_compiled = self._is_in_graph = False
         # Of the last forward. After one in 16 bits the update needs no more digits than those.
         self._computes_in: torch.dtype | None = None
         # Shared by all layers of a group, also through `.to(device)`: a submodule is moved once.
@@ -297,9 +317,11 @@ class SparseGradLinear(nn.Module):
         self.register_buffer("seed", seed, persistent=False)
 
     def _mark_sparse_parameter(self) -> None:
-        """Tell the optimizer how many entries one backward pass makes."""
+        """Let the optimizer find this layer, unless this is a shallow copy of the one it finds."""
         name = "weight" if self.weight_space == "transformed" else "delta"
-        self._parameters[name].sparse_grad_entries = self.k  # type: ignore[union-attr]
+        param = cast(Tensor, self._parameters[name])
+        if layer_of(param) is None:
+            _layers[param] = weakref.ref(self)
 
     def _gradient_shape(self, basis: Basis | None) -> tuple[int, int]:
         if basis is None:
@@ -361,29 +383,66 @@ class SparseGradLinear(nn.Module):
         self.register_parameter("weight", value)
 
     def fold(self) -> None:
-        """Fold what an optimizer wrote into `delta` into `weight` (design 2.2), in place."""
+        """Fold what an optimizer wrote into `delta` into `weight` (design 2.2), in place.
+
+        Raises:
+            RuntimeError: `delta` has no memory, and something else than `SparseAdam` wrote into it.
+        """
         delta = self._parameters.get("delta")
         if delta is None:
             return
         if torch.compiler.is_compiling():
-            with torch.no_grad():
-                _fold_delta_op(self._parameters["weight"], delta, self.u, self.v, self.k, self.seed)
-            self._always_folds = True  # compiled code cannot ask whether it is captured
+            if is_stored(delta):
+                stored = self._parameters["weight"]
+                with torch.no_grad():
+                    _fold_delta_op(stored, delta, self.u, self.v, self.k, self.seed)
+                self._is_compiled = True  # compiled code cannot ask whether it is captured
             return
-        is_graphed = is_captured(delta) or getattr(delta, "is_written_by_graph", False)
-        self._always_folds = self._always_folds or is_graphed
-        if self._always_folds or delta._version != self._folded_version:
-            weight, u, v = cast(Tensor, self._parameters["weight"]), self.u, self.v
-            is_narrow = self._computes_in in (torch.bfloat16, torch.float16)
-            as_tf32 = is_narrow and u is not None and v is not None
-            if as_tf32 and self._computes_in is torch.bfloat16 and _folds_rounded(weight):
-                as_tf32, (u, v) = False, self._factors(torch.bfloat16)
+        is_known = delta._version != self._folded_version
+        if not is_stored(delta):
+            if is_known:
+                self._give_back(delta)
+                raise RuntimeError(
+                    "delta was written, but a SparseAdam was made for this layer, which gave its "
+                    "memory back: the write is lost. Train with that optimizer only, or train a "
+                    "copy (copy.deepcopy) of the model, whose delta has its memory"
+                )
+            return
+        self._is_in_graph = self._is_in_graph or is_captured(delta)
+        if self._is_in_graph or self._is_compiled or is_known:
             # Where torch knows of no write, mostly nothing is there: autograd is not told of any.
-            is_known = delta._version != self._folded_version
-            counted = nullcontext() if is_known else _unsafe_preserve_version_counter(weight)
-            with torch.no_grad(), multiplying_as_tf32(as_tf32), counted:
-                _fold_delta_op(weight, delta, u, v, self.k, self.seed)
+            weight = cast(Tensor, self._parameters["weight"])
+            with nullcontext() if is_known else _unsafe_preserve_version_counter(weight):
+                self.fold_update(delta)
             self._folded_version = delta._version
+
+    @torch.no_grad()
+    def fold_update(self, update: Tensor) -> None:
+        """`weight += V^T update U`, in place, then `update [r_out, r_in]` is zero: see `fold`."""
+        weight, u, v = cast(Tensor, self._parameters["weight"]), self.u, self.v
+        is_narrow = self._computes_in in (torch.bfloat16, torch.float16)
+        as_tf32 = is_narrow and u is not None and v is not None
+        if as_tf32 and self._computes_in is torch.bfloat16 and _folds_rounded(weight):
+            as_tf32, (u, v) = False, self._factors(torch.bfloat16)
+        with multiplying_as_tf32(as_tf32):
+            _fold_delta_op(weight, update, u, v, self.k, self.seed)
+
+    def forgo_delta(self) -> bool:
+        """Give the memory of `delta` back, for an optimizer that calls `fold_update` in its step.
+
+        False: there is no `delta`, or a CUDA graph holds its memory.
+        """
+        delta = self._parameters.get("delta")
+        if delta is None or self._is_in_graph:
+            return False
+        if is_stored(delta):
+            self.fold()
+            self._give_back(delta)
+        return True
+
+    def _give_back(self, delta: Tensor) -> None:
+        delta.data = delta.new_zeros(()).as_strided(delta.shape, (0, 0))
+        self._folded_version = delta._version
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
@@ -455,11 +514,14 @@ class SparseGradLinear(nn.Module):
     def _apply(self, fn, recurse: bool = True):
         self.fold()
         self._folded_version = None
+        forgoes = self.delta is not None and not is_stored(self.delta)
         super()._apply(fn, recurse)
         if self.delta is not None and self.delta_dtype is not None:
             self.delta.data = self.delta.data.to(self.delta_dtype)
             if self.delta.grad is not None:
                 self.delta.grad.data = self.delta.grad.data.to(self.delta_dtype)
+        if forgoes:
+            self._give_back(cast(Tensor, self.delta))
         dtype = cast(Tensor, self._parameters["weight"]).dtype
         if dtype not in (torch.bfloat16, torch.float16):
             self.seed = None  # there is nothing to round
@@ -468,13 +530,18 @@ class SparseGradLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         self.fold()
-        return {**self.__dict__, "_folded_version": None, "_always_folds": False}
+        return {
+            **self.__dict__,
+            "_folded_version": None,
+            "_is_compiled": False,
+            "_is_in_graph": False,
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        if self.delta is not None and not is_stored(self.delta):
+            self.delta.data = self.delta.new_zeros(self.delta.shape)
         self._mark_sparse_parameter()
-        if self.delta is not None:
-            self.delta.__dict__.pop("is_written_by_graph", None)
 
     def _factors_of_the_weight(self) -> list[tuple[str, Tensor]]:
         """What `state_dict` holds besides `W~`, in the transformed space."""
@@ -510,7 +577,8 @@ class SparseGradLinear(nn.Module):
         if self.delta is not None:
             if prefix + "delta" in missing_keys:
                 missing_keys.remove(prefix + "delta")
-            if prefix + "weight" in state_dict:  # it replaces the weight that delta belongs to
+            # It replaces the weight that delta belongs to.
+            if prefix + "weight" in state_dict and is_stored(self.delta):
                 with torch.no_grad():
                     self.delta.zero_()
 

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from .ops._library import is_captured, is_sync_free
+from .linear import is_stored, layer_of
+from .ops._library import is_sync_free
 from .ops.sparse_adam_ import update_
 
 _FUSED_DEVICES = ("cpu", "cuda")
@@ -42,11 +43,16 @@ class SparseAdam(Optimizer):
     only, without weight decay (paper section 5.1); entries given twice are summed, so gradients
     may be accumulated. All other parameters take AdamW's step. One `step` counter per parameter.
 
+    The update of a `SparseGradLinear` is folded into its weight at once, so that its `delta` needs
+    no memory, which this optimizer takes from it: what training adds to a weight is then two
+    moments of the size of `delta`, or one where `betas[0]` is 0.
+
     Args:
         params: parameters or parameter groups; those without a gradient are left alone, so
             `model.parameters()` will do.
         lr: learning rate, at least 0. SparseGrad layers want about 1e-3 (design section 8).
-        betas: decay of the two moments, each in [0, 1).
+        betas: decay of the two moments, each in [0, 1). With a first of 0 the first moment is the
+            gradient, and for sparse gradients none is kept.
         eps: added to the root of the second moment.
         weight_decay: AdamW's, for dense gradients.
         capturable: keep the step counters on the parameters' device, so that `step` can be captured
@@ -81,7 +87,24 @@ class SparseAdam(Optimizer):
             "weight_decay": weight_decay,
             "capturable": capturable,
         }
+        self._workspaces: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
         super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            _forgoes_delta(param)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._workspaces = {}
+
+    def _workspace(self, param: Tensor) -> Tensor:
+        """Zeros in the shape of a `delta`, for one update at a time; they stay where they are."""
+        key = param.device, param.dtype, param.numel()
+        if key not in self._workspaces:
+            self._workspaces[key] = torch.zeros(key[2], dtype=param.dtype, device=param.device)
+        return self._workspaces[key].view(param.shape)
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -100,9 +123,13 @@ class SparseAdam(Optimizer):
                 if not state:
                     device = param.device if group["capturable"] else None
                     state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                    state["exp_avg"] = torch.zeros_like(param)
-                    state["exp_avg_sq"] = torch.zeros_like(param)
-                (sparse if param.grad.layout is torch.sparse_coo else dense).append(param)
+                    state["exp_avg_sq"] = _moment_of(param)
+                is_sparse = param.grad.layout is torch.sparse_coo
+                if is_sparse and group["betas"][0] == 0:
+                    state.pop("exp_avg", None)
+                elif "exp_avg" not in state:
+                    state["exp_avg"] = _moment_of(param)
+                (sparse if is_sparse else dense).append(param)
             if sparse:
                 self._sparse_step(sparse, group)
             if dense:
@@ -115,24 +142,33 @@ class SparseAdam(Optimizer):
         capturable, lr, (beta1, beta2) = group["capturable"], group["lr"], group["betas"]
         rates: dict[torch.device, float | Tensor] = {}
         for param, state in zip(params, states, strict=True):
-            if capturable and is_captured(param):  # a SparseGradLinear reads it
-                param.is_written_by_graph = True  # type: ignore[attr-defined]
             if param.device not in rates:
                 rates[param.device] = _rate(lr, param.device) if capturable else float(lr)
-            expected = getattr(param, "sparse_grad_entries", None)
-            indices, values = unique_entries(cast(Tensor, param.grad), expected)
-            update_(
-                param,
-                state["exp_avg"],
-                state["exp_avg_sq"],
-                indices,
-                values,
-                state["step"] if capturable else int(state["step"]),
-                rates[param.device],
-                beta1,
-                beta2,
-                group["eps"],
+            layer = layer_of(param)
+            indices, values = unique_entries(
+                cast(Tensor, param.grad), None if layer is None else layer.k
             )
+            layer = layer if _forgoes_delta(param) else None
+            target = param if layer is None else self._workspace(param)
+            try:
+                update_(
+                    target,
+                    state.get("exp_avg"),
+                    state["exp_avg_sq"],
+                    indices,
+                    values,
+                    state["step"] if capturable else int(state["step"]),
+                    rates[param.device],
+                    beta1,
+                    beta2,
+                    group["eps"],
+                )
+                if layer is not None:
+                    layer.fold_update(target)
+            except BaseException:
+                if layer is not None:
+                    target.zero_()
+                raise
 
     def _dense_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """AdamW's, in one pass over each parameter where torch has that for its device."""
@@ -161,6 +197,24 @@ class SparseAdam(Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _forgoes_delta(param: Tensor) -> bool:
+    """Whether `param` is the `delta` of a layer that lets this optimizer fold its updates."""
+    layer = layer_of(param)
+    if layer is not None:
+        return layer.delta is param and layer.forgo_delta()
+    if param.dim() == 2 and not is_stored(param):
+        raise RuntimeError(
+            "params has the delta of a SparseGradLinear that is no more: there is nothing to train"
+        )
+    return False
+
+
+def _moment_of(param: Tensor) -> Tensor:
+    if param.dim() == 2 and not is_stored(param):
+        return torch.zeros(param.shape, dtype=param.dtype, device=param.device)
+    return torch.zeros_like(param)
 
 
 def _rate(lr: float | Tensor, device: torch.device) -> Tensor:

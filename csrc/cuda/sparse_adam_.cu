@@ -1,7 +1,7 @@
 // m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,
 // p -= lr sqrt(1 - b2^step) / (1 - b1^step) m / (sqrt(v) + eps),   at the given entries.
 //
-// v of 16 bits is rounded stochastically, with `step` as the seed: ops/sparse_adam_.py says why.
+// Where b1 is 0 no m need be kept. v of 16 bits is rounded stochastically, with `step` as the seed: ops/sparse_adam_.py says why.
 //
 // One thread for each entry. Neighbouring lanes take neighbouring entries, so where those are
 // adjacent in a row the hardware merges their loads and stores: wider ones per thread gain nothing.
@@ -67,6 +67,7 @@ struct DeviceStepSize {
 template <class T>
 struct State {
   Matrix<T> param, exp_avg, exp_avg_sq;
+  bool keeps_first;  // else exp_avg is of no use
   Entries entries;
   const T* values;
   int64_t value_stride;
@@ -101,7 +102,9 @@ __global__ void __launch_bounds__(kThreads) update(State<T> state, StepSize step
   if (inside) {
     state.entries.load(e, i, j);
     p = static_cast<W>(state.param(i, j));
-    m = static_cast<W>(state.exp_avg(i, j));
+    if (state.keeps_first) {
+      m = static_cast<W>(state.exp_avg(i, j));
+    }
     old_v = state.exp_avg_sq(i, j);
     g = static_cast<W>(state.values[e * state.value_stride]);
   }
@@ -110,12 +113,14 @@ __global__ void __launch_bounds__(kThreads) update(State<T> state, StepSize step
     return;
   }
 
-  m = lerp(m, g, state.weight1);
+  m = state.keeps_first ? lerp(m, g, state.weight1) : g;
   const W v = lerp(static_cast<W>(old_v), g * g, state.weight2);
   p -= shared_size * m / (sqrt(v) + state.eps);
 
   state.param(i, j) = static_cast<T>(p);
-  state.exp_avg(i, j) = static_cast<T>(m);
+  if (state.keeps_first) {
+    state.exp_avg(i, j) = static_cast<T>(m);
+  }
   if constexpr (kRounds) {
     const int64_t place = i * state.exp_avg_sq.cols + j;
     state.exp_avg_sq(i, j) = round_stochastically(v, old_v, place, shared_seed);
@@ -125,18 +130,26 @@ __global__ void __launch_bounds__(kThreads) update(State<T> state, StepSize step
 }
 
 struct Arguments {
-  const Tensor &param, &exp_avg, &exp_avg_sq, &indices, &values;
+  const Tensor& param;
+  const std::optional<Tensor>& exp_avg;
+  const Tensor &exp_avg_sq, &indices, &values;
   double beta1, beta2, eps;
 };
 
 void check(const Arguments& a) {
   check_matrix("param", a.param);
-  for (const auto& [name, t] : {std::pair{"exp_avg", &a.exp_avg}, {"exp_avg_sq", &a.exp_avg_sq}}) {
-    check_matrix(name, *t);
-    check_dtype(name, *t, a.param.scalar_type());
-    check_size(name, t->size(0), a.param.size(0));
-    check_size(name, t->size(1), a.param.size(1));
-    check_device(name, *t, a.param);
+  const auto check_moment = [&](const char* name, const Tensor& t) {
+    check_matrix(name, t);
+    check_dtype(name, t, a.param.scalar_type());
+    check_size(name, t.size(0), a.param.size(0));
+    check_size(name, t.size(1), a.param.size(1));
+    check_device(name, t, a.param);
+  };
+  check_moment("exp_avg_sq", a.exp_avg_sq);
+  if (a.exp_avg) {
+    check_moment("exp_avg", *a.exp_avg);
+  } else {
+    STD_TORCH_CHECK(a.beta1 == 0, "exp_avg may be None only where beta1 is 0");
   }
   check_matrix("indices", a.indices);
   check_dtype("indices", a.indices, ScalarType::Long);
@@ -151,7 +164,9 @@ void check(const Arguments& a) {
 template <class StepSize>
 void run(const Arguments& a, const StepSize& step_size) {
   mark_written("param", a.param);
-  mark_written("exp_avg", a.exp_avg);
+  if (a.exp_avg) {
+    mark_written("exp_avg", *a.exp_avg);
+  }
   mark_written("exp_avg_sq", a.exp_avg_sq);
   const int64_t k = a.values.size(0);
   if (k == 0) {
@@ -163,8 +178,9 @@ void run(const Arguments& a, const StepSize& step_size) {
     using T = typename decltype(t)::type;
     const State<T> state{
         mutable_matrix<T>(a.param),
-        mutable_matrix<T>(a.exp_avg),
+        mutable_matrix<T>(a.exp_avg ? *a.exp_avg : a.exp_avg_sq),
         mutable_matrix<T>(a.exp_avg_sq),
+        a.exp_avg.has_value(),
         {matrix<int64_t>(a.indices), a.param.size(0), a.param.size(1)},
         static_cast<const T*>(a.values.const_data_ptr()),
         a.values.stride(0),
@@ -178,7 +194,7 @@ void run(const Arguments& a, const StepSize& step_size) {
 
 void sparse_adam_(
     const Tensor& param,
-    const Tensor& exp_avg,
+    const std::optional<Tensor>& exp_avg,
     const Tensor& exp_avg_sq,
     const Tensor& indices,
     const Tensor& values,
@@ -195,7 +211,7 @@ void sparse_adam_(
 
 void sparse_adam_tensor_step_(
     const Tensor& param,
-    const Tensor& exp_avg,
+    const std::optional<Tensor>& exp_avg,
     const Tensor& exp_avg_sq,
     const Tensor& indices,
     const Tensor& values,

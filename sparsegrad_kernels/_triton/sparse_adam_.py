@@ -26,7 +26,7 @@ _SCALARS = [
 @triton.jit(do_not_specialize=_SCALARS)
 def _adam(
     param_ptr,  # [m, n], as the moments
-    exp_avg_ptr,
+    exp_avg_ptr,  # or None: beta1 is 0
     exp_avg_sq_ptr,
     indices_ptr,  # [2, k]
     values_ptr,  # [k]
@@ -70,10 +70,11 @@ def _adam(
     col = col.to(index)
     g = tl.load(values_ptr + e * values_stride, mask=inside, other=0.0).to(wide)
     p_ptr = param_ptr + row * param_stride0 + col * param_stride1
-    m_ptr = exp_avg_ptr + row * exp_avg_stride0 + col * exp_avg_stride1
+    if exp_avg_ptr is not None:
+        m_ptr = exp_avg_ptr + row * exp_avg_stride0 + col * exp_avg_stride1
+        m_old = tl.load(m_ptr, mask=inside, other=0.0).to(wide)
     v_ptr = exp_avg_sq_ptr + row * exp_avg_sq_stride0 + col * exp_avg_sq_stride1
     p = tl.load(p_ptr, mask=inside, other=0.0).to(wide)
-    m = tl.load(m_ptr, mask=inside, other=0.0).to(wide)
     old = tl.load(v_ptr, mask=inside, other=1.0)
     v = old.to(wide)
 
@@ -88,7 +89,9 @@ def _adam(
     else:
         number = step
         step_size = from_bits(step_size_bits).to(wide)
-    m = _lerp(m, g, (1 - from_bits(beta1_bits)).to(wide))
+    m = g
+    if exp_avg_ptr is not None:
+        m = _lerp(m_old, g, (1 - from_bits(beta1_bits)).to(wide))
     v = _lerp(v, g * g, (1 - from_bits(beta2_bits)).to(wide))
     eps = from_bits(eps_bits).to(wide)
     if wide == tl.float64:
@@ -98,7 +101,8 @@ def _adam(
         p -= tl.div_rn(step_size * m, tl.sqrt_rn(v) + eps)
 
     # Store.
-    tl.store(m_ptr, m.to(dtype), mask=inside)
+    if exp_avg_ptr is not None:
+        tl.store(m_ptr, m.to(dtype), mask=inside)
     if dtype == tl.bfloat16 or dtype == tl.float16:
         # As ops/sparse_adam_.py says.
         position = row.to(tl.int64) * n_cols + col
@@ -121,7 +125,7 @@ WARPS = 4
 
 def _launch(
     param: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Tensor | None,
     exp_avg_sq: Tensor,
     indices: Tensor,
     values: Tensor,
@@ -135,6 +139,7 @@ def _launch(
     k = values.shape[0]
     if k == 0:
         return
+    state = [param] if exp_avg is None else [param, exp_avg]
     step_on_device = isinstance(step, Tensor)
     decays = [-math.log(beta) if beta > 0 else math.inf for beta in (beta1, beta2)]
     _adam[(triton.cdiv(k, BLOCK),)](
@@ -148,14 +153,14 @@ def _launch(
         k,
         param.shape[1],
         *param.stride(),
-        *exp_avg.stride(),
+        *(exp_avg_sq if exp_avg is None else exp_avg).stride(),
         *exp_avg_sq.stride(),
         *indices.stride(),
         values.stride(0),
         0 if step_on_device else step,
         *(float64_bits(x) for x in (step_size, *decays, beta1, beta2, eps)),
         STEP_ON_DEVICE=step_on_device,
-        WIDE=needs_int64(param, exp_avg, exp_avg_sq, indices, values[None]) or k >= 2**31 - BLOCK,
+        WIDE=needs_int64(*state, exp_avg_sq, indices, values[None]) or k >= 2**31 - BLOCK,
         BLOCK=BLOCK,
         num_warps=WARPS,
     )
@@ -164,7 +169,7 @@ def _launch(
 @implement("sparse_adam_")
 def sparse_adam_(
     param: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Tensor | None,
     exp_avg_sq: Tensor,
     indices: Tensor,
     values: Tensor,
@@ -182,7 +187,7 @@ def sparse_adam_(
 @implement("_sparse_adam_tensor_step_")
 def sparse_adam_tensor_step_(
     param: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Tensor | None,
     exp_avg_sq: Tensor,
     indices: Tensor,
     values: Tensor,
@@ -196,7 +201,7 @@ def sparse_adam_tensor_step_(
     _launch(*state, step, lr, 0.0, beta1, beta2, eps)
 
 
-def _aot(dtype: str, step_on_device: bool, wide: bool):
+def _aot(dtype: str, step_on_device: bool, wide: bool, keeps_first: bool = True):
     signature = dict.fromkeys(_adam.arg_names, "i32") | dict.fromkeys(_SCALARS, "i64")
     for name in ("param_ptr", "exp_avg_ptr", "exp_avg_sq_ptr", "values_ptr"):
         signature[name] = f"*{dtype}"
@@ -206,6 +211,7 @@ def _aot(dtype: str, step_on_device: bool, wide: bool):
         "WIDE": wide,
         "BLOCK": BLOCK,
         **dict.fromkeys(("param_stride1", "indices_stride1", "values_stride"), 1),
+        **({} if keeps_first else {"exp_avg_ptr": None}),
         **({} if step_on_device else {"step_ptr": None, "lr_ptr": None}),
     }
     signature |= dict.fromkeys(constexprs, "constexpr")
@@ -219,4 +225,5 @@ AOT = [
         for on_device in (False, True)
     ),
     _aot("bf16", True, wide=True),
+    _aot("fp32", False, wide=False, keeps_first=False),
 ]

@@ -8,7 +8,7 @@ ever decay. So there it is rounded stochastically, its random bits those of the 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from ._rounding import round_stochastically
 
 def _update(
     param: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Tensor | None,
     exp_avg_sq: Tensor,
     indices: Tensor,
     values: Tensor,
@@ -33,12 +33,13 @@ def _update(
     wide = torch.promote_types(param.dtype, torch.float32)
     entries = (indices[0], indices[1])
     grad = values.to(wide)
-    first = exp_avg[entries].to(wide).lerp(grad, 1 - beta1)
+    first = grad if exp_avg is None else exp_avg[entries].to(wide).lerp(grad, 1 - beta1)
     second = exp_avg_sq[entries].to(wide).lerp(grad.square(), 1 - beta2)
     update = step_size * first / (second.sqrt() + eps)
     # First what autograd may refuse: then nothing has been written.
     param[entries] = (param[entries].to(wide) - update).to(param.dtype)
-    exp_avg[entries] = first.to(exp_avg.dtype)
+    if exp_avg is not None:
+        exp_avg[entries] = first.to(exp_avg.dtype)
     if exp_avg_sq.dtype in (torch.bfloat16, torch.float16):
         if not isinstance(step, Tensor):
             step = torch.full((1,), step, device=param.device)
@@ -50,7 +51,7 @@ def _update(
 
 def _reference(
     param: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Tensor | None,
     exp_avg_sq: Tensor,
     indices: Tensor,
     values: Tensor,
@@ -66,7 +67,7 @@ def _reference(
 
 def _reference_tensor_step(
     param: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Tensor | None,
     exp_avg_sq: Tensor,
     indices: Tensor,
     values: Tensor,
@@ -90,14 +91,14 @@ def _fake(*args) -> None:
 
 
 _op = define(
-    "sparse_adam_(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, Tensor indices, "
+    "sparse_adam_(Tensor(a!) param, Tensor(b!)? exp_avg, Tensor(c!) exp_avg_sq, Tensor indices, "
     "Tensor values, int step, float lr, float beta1, float beta2, float eps) -> ()",
     _reference,
     _fake,
 )
 
 _op_tensor_step = define(
-    "_sparse_adam_tensor_step_(Tensor(a!) param, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+    "_sparse_adam_tensor_step_(Tensor(a!) param, Tensor(b!)? exp_avg, Tensor(c!) exp_avg_sq, "
     "Tensor indices, Tensor values, Tensor step, Tensor lr, float beta1, float beta2, float eps)"
     " -> ()",
     _reference_tensor_step,
@@ -106,7 +107,12 @@ _op_tensor_step = define(
 
 
 def update_(
-    param: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, indices: Tensor, values: Tensor, *rest: Any
+    param: Tensor,
+    exp_avg: Tensor | None,
+    exp_avg_sq: Tensor,
+    indices: Tensor,
+    values: Tensor,
+    *rest: Any,
 ) -> None:
     """`sparse_adam_` of arguments that are known to be right: the checks take as long as the step.
 
@@ -133,7 +139,7 @@ def _check_scalar(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...], lik
 
 def sparse_adam_(
     param: Tensor,
-    exp_avg: Tensor,
+    exp_avg: Tensor | None,
     exp_avg_sq: Tensor,
     indices: Tensor,
     values: Tensor,
@@ -155,7 +161,8 @@ def sparse_adam_(
 
     Args:
         param: matrix `[m, n]`, updated in place.
-        exp_avg, exp_avg_sq: its moments, same shape and device, floating, updated in place.
+        exp_avg, exp_avg_sq: its moments, same shape, dtype and device, updated in place; `exp_avg`
+            may be None where `beta1` is 0, for it would be the gradient.
         indices: `[2, k]` int64, no entry twice (as `topk_coo` returns, or `coalesce()`).
         values: the gradient `[k]`, dtype and device of `param`.
         step: number of this step, from 1: an int, or a tensor of one number, float32, int32 or
@@ -168,7 +175,10 @@ def sparse_adam_(
             on the CPU), or a hyperparameter outside its range.
     """
     check_matrix("param", param)
-    for name, moment in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+    moments = {"exp_avg_sq": exp_avg_sq}
+    if exp_avg is not None or beta1 != 0:
+        moments["exp_avg"] = cast(Tensor, exp_avg)
+    for name, moment in moments.items():
         check_matrix(name, moment)
         check_shape(name, moment, tuple(param.shape), "that of param")
         check_like(name, moment, "param", param)
