@@ -56,6 +56,7 @@ class Setting:
     shared: bool = True
     refreshed: bool = False
     delta_dtype: torch.dtype | None = None
+    beta1: float = 0.9
 
     @property
     def name(self) -> str:
@@ -68,6 +69,7 @@ class Setting:
         parts += ["perlayer"] * (not self.shared) + ["refreshed"] * self.refreshed
         if self.delta_dtype is not None:
             parts.append(f"{str(self.delta_dtype).removeprefix('torch.')}-delta")
+        parts += [f"beta{self.beta1:g}"] * (self.beta1 != 0.9)
         return "-".join(parts)
 
 
@@ -84,6 +86,8 @@ SETTINGS = [
     Setting("sparsegrad", 0.042, modes="smaller"),
     Setting("sparsegrad", energy=0.95, modes="smaller"),
     Setting("sparsegrad", delta_dtype=torch.bfloat16),
+    Setting("sparsegrad", beta1=0.0),
+    Setting("sparsegrad", modes="smaller", delta_dtype=torch.bfloat16, beta1=0.0),
 ]
 
 
@@ -207,9 +211,12 @@ def run(task: Any, setting: Setting, lr: float, seed: int, n_steps: int, split: 
 
     def prepared(model: nn.Module, basis_seed: int):
         batches = task.batches(split, basis_seed)
-        return prepare(
+        ready = prepare(
             setting.method, model, batches, task.loss_fn, config, lr, BASIS_STEPS, task.task_type
         )
+        for group in ready.optimizer.param_groups:
+            group["betas"] = setting.beta1, group["betas"][1]
+        return ready
 
     ready = prepared(task.model(), seed + 1)
     for step, batch in enumerate(take(endless(task.batches(split, seed)), n_steps, setting.name)):

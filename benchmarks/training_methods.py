@@ -74,8 +74,8 @@ def _lora(model: nn.Module, name: str, bases: Bases) -> Ready:
     return Ready(lora, _adamw(_trained(lora)), f"peft, r={rank}, fused AdamW")
 
 
-def _sparse_adam(model: nn.Module, about: str) -> Ready:
-    return Ready(model, [SparseAdam(_trained(model), lr=_LR)], about)
+def _sparse_adam(model: nn.Module, about: str, beta1: float = 0.9) -> Ready:
+    return Ready(model, [SparseAdam(_trained(model), lr=_LR, betas=(beta1, 0.999))], about)
 
 
 def _meprop(model: nn.Module, name: str, bases: Bases) -> Ready:
@@ -85,7 +85,10 @@ def _meprop(model: nn.Module, name: str, bases: Bases) -> Ready:
 
 
 def _sparsegrad(
-    energy: float | None = None, modes: str = "both", delta_dtype: torch.dtype | None = None
+    energy: float | None = None,
+    modes: str = "both",
+    delta_dtype: torch.dtype | None = None,
+    beta1: float = 0.9,
 ) -> Prepare:
     def prepare(model: nn.Module, name: str, bases: Bases) -> Ready:
         _freeze(model, name)
@@ -105,7 +108,7 @@ def _sparsegrad(
             for layer in model.modules()
             if getattr(layer, "basis", None) is not None
         }
-        return _sparse_adam(model, f"basis {', '.join(sorted(kept))}")
+        return _sparse_adam(model, f"basis {', '.join(sorted(kept))}", beta1)
 
     return prepare
 
@@ -140,6 +143,10 @@ METHODS: dict[str, Prepare] = {
     "SparseGrad, bfloat16 delta": _sparsegrad(delta_dtype=torch.bfloat16),
     "SparseGrad, smaller modes": _sparsegrad(None, "smaller"),
     "SparseGrad, smaller modes, bfloat16 delta": _sparsegrad(None, "smaller", torch.bfloat16),
+    "SparseGrad, smaller modes, beta1 0": _sparsegrad(None, "smaller", beta1=0.0),
+    "SparseGrad, smaller modes, bfloat16 delta, beta1 0": _sparsegrad(
+        None, "smaller", torch.bfloat16, 0.0
+    ),
     "SparseGrad, smaller modes, energy .95": _sparsegrad(0.95, "smaller"),
     "SparseGrad, energy .99": _sparsegrad(0.99),
     "SparseGrad, energy .95": _sparsegrad(0.95),

@@ -103,7 +103,7 @@ def test_all_methods(model_folder, tmp_path, capsys):
     [
         ("--weight-space", "transformed", "--energy", "0.9"),
         ("--dtype", "bfloat16", "--group-by-length", "--per-layer-basis"),
-        ("--layers", "::2", "--energy", "0.95", "--delta-dtype", "bfloat16"),
+        ("--layers", "::2", "--energy", "0.95", "--delta-dtype", "bfloat16", "--beta1", "0"),
     ],
 )
 def test_options(options, model_folder, tmp_path):

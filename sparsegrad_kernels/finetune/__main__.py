@@ -64,6 +64,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--group-by-length", action="store_true", help="batches of texts of similar length")
     add("--lr", type=float, help=f"learning rate; by method: {LEARNING_RATES}")
     add(
+        "--beta1",
+        type=float,
+        default=0.9,
+        help="decay of the first moment; at 0 SparseGrad layers keep none, which saves its memory",
+    )
+    add(
         "--seed",
         type=int,
         default=0,
@@ -90,6 +96,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--epochs must be positive")
     if args.lr is not None and not args.lr > 0:
         parser.error("--lr must be positive")
+    if not 0 <= args.beta1 < 1:
+        parser.error("--beta1 must lie in [0, 1)")
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -178,6 +186,8 @@ class Job:
             lr,
             args.basis_steps,
         )
+        for group in prepared.optimizer.param_groups:
+            group["betas"] = args.beta1, group["betas"][1]
         print(f"{method}: {prepared.about}, {self.n_steps} steps at lr {lr:g}", flush=True)
         diagnose = args.diagnose and method in ("sparsegrad", "meprop")
         recorder = Recorder(prepared.model, max(1, self.n_steps // 15)) if diagnose else None
