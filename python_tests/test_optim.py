@@ -232,6 +232,20 @@ def test_a_step_that_fails_leaves_nothing_behind(generator, monkeypatch):
     assert torch.equal(model.weight, peer.weight)
 
 
+def test_a_dense_gradient_of_delta_is_refused(generator):
+    model = rotated("full", generator)
+    optimizer = SparseAdam(model.parameters(), lr=0.05)
+    before = model.weight.clone()
+    model(torch.ones(1, 6)).sum().backward()
+    model.delta.grad = model.delta.grad.to_dense()
+    with pytest.raises(ValueError, match="whose gradient must be sparse .COO., got layout"):
+        optimizer.step()
+    assert torch.equal(model.weight, before)
+    model.delta.grad = sparse(model.delta.grad, 10)
+    optimizer.step()
+    assert not torch.equal(model.weight, before)
+
+
 def test_a_delta_whose_layer_is_gone(generator):
     model = rotated("full", generator)
     optimizer = SparseAdam(model.parameters(), lr=0.05)

@@ -59,7 +59,8 @@ class SparseAdam(Optimizer):
             in a CUDA graph; as in torch's optimizers, `lr` may then be a tensor.
 
     Raises:
-        ValueError: a hyperparameter is outside its range.
+        ValueError: a hyperparameter is outside its range; or, in `step`, the gradient of a layer's
+            `delta` is not sparse.
     """
 
     def __init__(
@@ -119,12 +120,17 @@ class SparseAdam(Optimizer):
             for param in group["params"]:
                 if param.grad is None:
                     continue
+                is_sparse = param.grad.layout is torch.sparse_coo
+                if not is_sparse and _forgoes_delta(param):
+                    raise ValueError(
+                        "params has the delta of a SparseGradLinear, whose gradient must be sparse "
+                        f"(COO), got layout {param.grad.layout}"
+                    )
                 state = self.state[param]
                 if not state:
                     device = param.device if group["capturable"] else None
                     state["step"] = torch.zeros((), dtype=torch.float32, device=device)
                     state["exp_avg_sq"] = _moment_of(param)
-                is_sparse = param.grad.layout is torch.sparse_coo
                 if is_sparse and group["betas"][0] == 0:
                     state.pop("exp_avg", None)
                 elif "exp_avg" not in state:
