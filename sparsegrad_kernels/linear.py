@@ -6,6 +6,7 @@ With `x~ = x U^T`, `g~ = g V^T` (design section 1) the gradient of the transform
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from contextlib import nullcontext
 from typing import Any, Literal, cast
@@ -15,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import _unsafe_preserve_version_counter
 from torch.autograd.function import once_differentiable
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ._gradient import backward, fold_delta
 from .basis import Basis
@@ -146,14 +146,20 @@ torch.library.register_autograd(
 )
 
 
-# Of each parameter with a sparse gradient, a weak reference to its layer: for the optimizer.
-_layers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+# All that live, oldest first. Not by parameter: torch may put another one in its place.
+_layers: weakref.WeakValueDictionary[int, SparseGradLinear] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
 
 
-def layer_of(param: Tensor) -> SparseGradLinear | None:
-    """The layer whose parameter with a sparse gradient this is, if there is one."""
-    reference = _layers.get(param)
-    return None if reference is None else reference()
+def find_layers() -> dict[int, SparseGradLinear]:
+    """The layer of each parameter with a sparse gradient, by the parameter's `id`.
+
+    Of layers that share one, as shallow copies do, the oldest.
+    """
+    found: dict[int, SparseGradLinear] = {}
+    for layer in list(_layers.values()):
+        found.setdefault(id(layer.sparse_parameter), layer)
+    return found
 
 
 def is_stored(delta: Tensor) -> bool:
@@ -208,6 +214,9 @@ class SparseGradLinear(nn.Module):
     Raises:
         TypeError, ValueError: an argument is out of range or does not fit the others.
     """
+
+    # Of layers that an older version of this package pickled.
+    _is_compiled = _is_in_graph = False
 
     delta: nn.Parameter | None
     bias: nn.Parameter | None
@@ -309,19 +318,18 @@ class SparseGradLinear(nn.Module):
             self.register_parameter("delta", None)
             self.register_buffer("residual", residual)
         self.register_parameter("bias", bias)
-        self._mark_sparse_parameter()
+        _layers[next(_numbers)] = self
         # What the last step's selection came to, where it is fused with a product (on a GPU).
         unknown = torch.full((1,), torch.nan, dtype=torch.float32, device=weight.device)
         self.register_buffer("threshold", unknown, persistent=False)
         seed = torch.randint(2**62, (1,)).to(weight.device) if stochastic_rounding else None
         self.register_buffer("seed", seed, persistent=False)
 
-    def _mark_sparse_parameter(self) -> None:
-        """Let the optimizer find this layer, unless this is a shallow copy of the one it finds."""
+    @property
+    def sparse_parameter(self) -> nn.Parameter:
+        """The one that receives the COO gradient, as it is stored."""
         name = "weight" if self.weight_space == "transformed" else "delta"
-        param = cast(Tensor, self._parameters[name])
-        if layer_of(param) is None:
-            _layers[param] = weakref.ref(self)
+        return cast(nn.Parameter, self._parameters[name])
 
     def _gradient_shape(self, basis: Basis | None) -> tuple[int, int]:
         if basis is None:
@@ -398,16 +406,10 @@ class SparseGradLinear(nn.Module):
                     _fold_delta_op(stored, delta, self.u, self.v, self.k, self.seed)
                 self._is_compiled = True  # compiled code cannot ask whether it is captured
             return
-        is_known = delta._version != self._folded_version
         if not is_stored(delta):
-            if is_known:
-                self._give_back(delta)
-                raise RuntimeError(
-                    "delta was written, but a SparseAdam was made for this layer, which gave its "
-                    "memory back: the write is lost. Train with that optimizer only, or train a "
-                    "copy (copy.deepcopy) of the model, whose delta has its memory"
-                )
+            _check_not_written(delta)
             return
+        is_known = delta._version != self._folded_version
         self._is_in_graph = self._is_in_graph or is_captured(delta)
         if self._is_in_graph or self._is_compiled or is_known:
             # Where torch knows of no write, mostly nothing is there: autograd is not told of any.
@@ -433,16 +435,14 @@ class SparseGradLinear(nn.Module):
         False: there is no `delta`, or a CUDA graph holds its memory.
         """
         delta = self._parameters.get("delta")
-        if delta is None or self._is_in_graph:
+        if delta is None:
             return False
         if is_stored(delta):
             self.fold()
-            self._give_back(delta)
+            if self._is_in_graph:
+                return False
+            _give_back(delta)
         return True
-
-    def _give_back(self, delta: Tensor) -> None:
-        delta.data = delta.new_zeros(()).as_strided(delta.shape, (0, 0))
-        self._folded_version = delta._version
 
     @torch.no_grad()
     def dense_weight(self) -> Tensor:
@@ -521,7 +521,7 @@ class SparseGradLinear(nn.Module):
             if self.delta.grad is not None:
                 self.delta.grad.data = self.delta.grad.data.to(self.delta_dtype)
         if forgoes:
-            self._give_back(cast(Tensor, self.delta))
+            _give_back(cast(Tensor, self.delta))
         dtype = cast(Tensor, self._parameters["weight"]).dtype
         if dtype not in (torch.bfloat16, torch.float16):
             self.seed = None  # there is nothing to round
@@ -538,10 +538,12 @@ class SparseGradLinear(nn.Module):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        if self.delta is not None and not is_stored(self.delta):
+        super().__setstate__({k: v for k, v in state.items() if k != "_always_folds"})
+        is_shared = id(self.sparse_parameter) in find_layers()  # this is a shallow copy
+        _layers[next(_numbers)] = self
+        if self.delta is not None and not is_stored(self.delta) and not is_shared:
+            self.delta.__dict__.pop("version_given_back", None)
             self.delta.data = self.delta.new_zeros(self.delta.shape)
-        self._mark_sparse_parameter()
 
     def _factors_of_the_weight(self) -> list[tuple[str, Tensor]]:
         """What `state_dict` holds besides `W~`, in the transformed space."""
@@ -581,6 +583,23 @@ class SparseGradLinear(nn.Module):
             if prefix + "weight" in state_dict and is_stored(self.delta):
                 with torch.no_grad():
                     self.delta.zero_()
+
+
+def _give_back(delta: Tensor) -> None:
+    """Leave one zero of its memory."""
+    delta.data = delta.new_zeros(()).as_strided(delta.shape, (0, 0))
+    delta.version_given_back = delta._version  # type: ignore[attr-defined]
+
+
+def _check_not_written(delta: Tensor) -> None:
+    """Raise a RuntimeError where something wrote into a `delta` that has no memory; once."""
+    if delta._version != getattr(delta, "version_given_back", delta._version):
+        _give_back(delta)
+        raise RuntimeError(
+            "delta was written, but a SparseAdam was made for this layer, which gave its memory "
+            "back: the write is lost. Train with that optimizer only, or train a copy "
+            "(copy.deepcopy) of the model, whose delta has its memory"
+        )
 
 
 def _folds_rounded(weight: Tensor) -> bool:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from .linear import is_stored, layer_of
+from .linear import SparseGradLinear, find_layers, is_stored
 from .ops._library import is_sync_free
 from .ops.sparse_adam_ import update_
 
@@ -94,8 +94,9 @@ class SparseAdam(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
+        layers = find_layers()
         for param in self.param_groups[-1]["params"]:
-            _forgoes_delta(param)
+            _forgoes_delta(param, layers.get(id(param)))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -115,6 +116,7 @@ class SparseAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        layers = find_layers()
         for group in self.param_groups:
             dense: list[Tensor] = []
             sparse: list[Tensor] = []
@@ -122,7 +124,7 @@ class SparseAdam(Optimizer):
                 if param.grad is None:
                     continue
                 is_sparse = param.grad.layout is torch.sparse_coo
-                if not is_sparse and _forgoes_delta(param):
+                if not is_sparse and _forgoes_delta(param, layers.get(id(param))):
                     raise ValueError(
                         "params has the delta of a SparseGradLinear, whose gradient must be sparse "
                         f"(COO), got layout {param.grad.layout}"
@@ -138,12 +140,14 @@ class SparseAdam(Optimizer):
                     state["exp_avg"] = _moment_of(param)
                 (sparse if is_sparse else dense).append(param)
             if sparse:
-                self._sparse_step(sparse, group)
+                self._sparse_step(sparse, group, layers)
             if dense:
                 self._dense_step(dense, group)
         return loss
 
-    def _sparse_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
+    def _sparse_step(
+        self, params: list[Tensor], group: dict[str, Any], layers: dict[int, SparseGradLinear]
+    ) -> None:
         states = [self.state[param] for param in params]
         torch._foreach_add_([state["step"] for state in states], 1)
         capturable, lr, (beta1, beta2) = group["capturable"], group["lr"], group["betas"]
@@ -151,11 +155,11 @@ class SparseAdam(Optimizer):
         for param, state in zip(params, states, strict=True):
             if param.device not in rates:
                 rates[param.device] = _rate(lr, param.device) if capturable else float(lr)
-            layer = layer_of(param)
+            layer = layers.get(id(param))
             indices, values = unique_entries(
                 cast(Tensor, param.grad), None if layer is None else layer.k
             )
-            layer = layer if _forgoes_delta(param) else None
+            layer = layer if _forgoes_delta(param, layer) else None
             target = param if layer is None else self._workspace(param)
             try:
                 update_(
@@ -206,9 +210,8 @@ class SparseAdam(Optimizer):
         )
 
 
-def _forgoes_delta(param: Tensor) -> bool:
-    """Whether `param` is the `delta` of a layer that lets this optimizer fold its updates."""
-    layer = layer_of(param)
+def _forgoes_delta(param: Tensor, layer: SparseGradLinear | None) -> bool:
+    """Whether `param` is the `delta` of its layer, which lets this optimizer fold its updates."""
     if layer is not None:
         return layer.delta is param and layer.forgo_delta()
     if param.dim() == 2 and not is_stored(param):
