@@ -186,6 +186,90 @@ def test_another_optimizer_is_refused(write, generator):
         assert not torch.equal(each.weight, before)
 
 
+def test_another_optimizer_is_refused_by_a_compiled_layer(generator):
+    torch._dynamo.reset()
+    model = rotated("full", generator)
+    ours, other = SparseAdam(model.parameters(), lr=0.1), torch.optim.SGD([model.delta], lr=0.1)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    batches = batches_of(4, generator)
+    run(compiled, [ours], batches[:2])
+    run(compiled, [other], batches[2:3])
+    with pytest.raises(RuntimeError, match="the write is lost"):
+        run(compiled, [other], batches[3:])
+    before = model.weight.clone()
+    run(compiled, [ours], batches)
+    assert not torch.equal(model.weight, before)
+
+
+def test_what_is_no_write(generator):
+    """A move that fails, a shallow copy, a call with other parameters."""
+    model = rotated("full", generator)
+    model.load_state_dict(rotated("full", generator).state_dict())
+    optimizer = SparseAdam(model.parameters(), lr=0.1)
+    batches = batches_of(2, generator)
+    run(model, [optimizer], batches)
+
+    def fail(tensor):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        model._apply(fail)
+    run(model, [optimizer], batches)
+    shallow = copy.copy(model)
+    assert model.delta.untyped_storage().nbytes() == 4
+    run(model, [optimizer], batches)
+    assert torch.equal(shallow(batches[0]), model(batches[0]))
+    clones = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.func.functional_call(model, clones, (batches[0],))
+    run(model, [optimizer], batches)
+
+
+@pytest.mark.parametrize("way", ["swap", "overwrite"])
+def test_torch_puts_another_parameter_in_its_place(way, generator):
+    setting = f"set_{way}_module_params_on_conversion"
+    getattr(torch.__future__, setting)(True)
+    try:
+        model = rotated("full", generator)
+        SparseAdam(model.parameters())
+        model.double()
+    finally:
+        getattr(torch.__future__, setting)(False)
+    assert model.delta.untyped_storage().nbytes() == 8
+    before = model.weight.clone()
+    optimizer = SparseAdam(model.parameters())
+    run(model, [optimizer], [x.double() for x in batches_of(2, generator)])
+    assert not torch.equal(model.weight, before)
+
+
+def test_a_captured_step_of_a_delta_with_memory_leaves_it(generator, monkeypatch):
+    """A graph reads and writes it."""
+    model = rotated("full", generator)
+    optimizer = SparseAdam(model.parameters(), lr=0.1)
+    batches = batches_of(2, generator)
+    run(model, [optimizer], batches)
+    model, optimizer = copy.deepcopy((model, optimizer))
+    model(batches[0]).square().sum().backward()
+    memory = model.delta.data_ptr()
+    with monkeypatch.context() as graph:
+        graph.setattr("sparsegrad_kernels.linear.is_captured", lambda tensor: True)
+        optimizer.step()
+    assert model.delta.data_ptr() == memory
+    before = model.weight.clone()
+    run(model, [optimizer], batches)
+    assert not torch.equal(model.weight, before)
+    assert model.delta.data_ptr() == memory
+
+
+def test_a_layer_of_an_older_pickle(generator):
+    model = rotated("full", generator)
+    state = model.__getstate__()
+    del state["_is_compiled"], state["_is_in_graph"]
+    old = SparseGradLinear.__new__(SparseGradLinear)
+    old.__setstate__(copy.deepcopy({**state, "_always_folds": False}))
+    run(old, [SparseAdam(old.parameters())], batches_of(2, generator))
+    assert not torch.equal(old.weight, model.weight)
+
+
 @pytest.mark.parametrize("change", ["to", "half and back", "load_state_dict", "eval"])
 def test_delta_stays_without_memory(change, generator):
     model = rotated("full", generator)

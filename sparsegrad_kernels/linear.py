@@ -587,13 +587,18 @@ class SparseGradLinear(nn.Module):
 
 def _give_back(delta: Tensor) -> None:
     """Leave one zero of its memory."""
+    if not hasattr(delta, "version_given_back"):
+        # Compiled code cannot ask for a version: then each backward pass does.
+        delta.register_post_accumulate_grad_hook(_check_not_written)
     delta.data = delta.new_zeros(()).as_strided(delta.shape, (0, 0))
     delta.version_given_back = delta._version  # type: ignore[attr-defined]
 
 
 def _check_not_written(delta: Tensor) -> None:
     """Raise a RuntimeError where something wrote into a `delta` that has no memory; once."""
-    if delta._version != getattr(delta, "version_given_back", delta._version):
+    if not is_stored(delta) and delta._version != getattr(
+        delta, "version_given_back", delta._version
+    ):
         _give_back(delta)
         raise RuntimeError(
             "delta was written, but a SparseAdam was made for this layer, which gave its memory "
