@@ -131,9 +131,8 @@ def test_layer_trains_as_with_torch(kind, beta1, generator):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_training_keeps(dtype, beta1, generator):
     """Of a layer the moments; of all layers of a size, one workspace."""
-    model = nn.Sequential(*(rotated("identity", generator, delta_dtype=dtype) for _ in range(3)))
-    for i in range(3):
-        model[i] = SparseGradLinear(6, 6, k=4, bias=False, delta_dtype=dtype)
+    layers = [SparseGradLinear(6, 6, k=4, bias=False, delta_dtype=dtype) for _ in range(3)]
+    model = nn.Sequential(*layers)
     optimizer = SparseAdam(model.parameters(), betas=(beta1, 0.999))
     run(model, [optimizer], batches_of(2, generator))
     kept = {
@@ -149,7 +148,7 @@ def test_what_training_keeps(dtype, beta1, generator):
 
 
 def test_first_moment_begins_where_its_decay_does(generator):
-    ours, peer = rotated("full", generator), None
+    ours = rotated("full", generator)
     optimizer = SparseAdam(ours.parameters(), lr=0.05, betas=(0.0, 0.99))
     run(ours, [optimizer], batches_of(3, generator))
     assert "exp_avg" not in optimizer.state[ours.delta]
@@ -337,6 +336,7 @@ def test_a_delta_whose_layer_is_gone(generator):
     del model
     with pytest.raises(RuntimeError, match="params has the delta of a .* that is no more"):
         optimizer.step()
+    assert not optimizer.state
 
 
 def test_mixed_model_groups_and_schedule(generator):

@@ -53,7 +53,7 @@ class SparseAdam(Optimizer):
         lr: learning rate, at least 0. SparseGrad layers want about 1e-3 (design section 8).
         betas: decay of the two moments, each in [0, 1). With a first of 0 the first moment is the
             gradient, and for sparse gradients none is kept; steps are then not averaged, and want
-            about a third of the rate (measured: benchmarks/results/README.md).
+            a smaller rate (in the one case tried a third: benchmarks/results/README.md).
         eps: added to the root of the second moment.
         weight_decay: AdamW's, for dense gradients.
         capturable: keep the step counters on the parameters' device, so that `step` can be captured
@@ -124,7 +124,7 @@ class SparseAdam(Optimizer):
                 if param.grad is None:
                     continue
                 is_sparse = param.grad.layout is torch.sparse_coo
-                if not is_sparse and _forgoes_delta(param, layers.get(id(param))):
+                if _forgoes_delta(param, layers.get(id(param))) and not is_sparse:
                     raise ValueError(
                         "params has the delta of a SparseGradLinear, whose gradient must be sparse "
                         f"(COO), got layout {param.grad.layout}"
@@ -159,8 +159,8 @@ class SparseAdam(Optimizer):
             indices, values = unique_entries(
                 cast(Tensor, param.grad), None if layer is None else layer.k
             )
-            layer = layer if _forgoes_delta(param, layer) else None
-            target = param if layer is None else self._workspace(param)
+            folds = layer is not None and not is_stored(param)
+            target = self._workspace(param) if folds else param
             try:
                 update_(
                     target,
@@ -174,10 +174,10 @@ class SparseAdam(Optimizer):
                     beta2,
                     group["eps"],
                 )
-                if layer is not None:
-                    layer.fold_update(target)
+                if folds:
+                    cast(SparseGradLinear, layer).fold_update(target)
             except BaseException:
-                if layer is not None:
+                if folds:
                     target.zero_()
                 raise
 
@@ -211,7 +211,10 @@ class SparseAdam(Optimizer):
 
 
 def _forgoes_delta(param: Tensor, layer: SparseGradLinear | None) -> bool:
-    """Whether `param` is the `delta` of its layer, which lets this optimizer fold its updates."""
+    """Whether `param` is the `delta` of its layer, which lets this optimizer fold its updates.
+
+    From then on it has no memory (`is_stored`).
+    """
     if layer is not None:
         return layer.delta is param and layer.forgo_delta()
     if param.dim() == 2 and not is_stored(param):

@@ -1,7 +1,8 @@
 // m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,
 // p -= lr sqrt(1 - b2^step) / (1 - b1^step) m / (sqrt(v) + eps),   at the given entries.
 //
-// Where b1 is 0 no m need be kept. v of 16 bits is rounded stochastically, with `step` as the seed: ops/sparse_adam_.py says why.
+// Where b1 is 0 no m need be kept. v of 16 bits is rounded stochastically, with `step` as the seed:
+// ops/sparse_adam_.py says why.
 //
 // One thread for each entry. Neighbouring lanes take neighbouring entries, so where those are
 // adjacent in a row the hardware merges their loads and stores: wider ones per thread gain nothing.
