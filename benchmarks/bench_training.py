@@ -4,11 +4,10 @@
     python benchmarks/bench_training.py --device cuda --models roberta-base --json training.json
 
 A step is split into forward, backward and the optimizer's, and ends with a synchronisation, as that
-of a loop which shows its loss. SparseGrad folds its update in the next forward: it counts there.
-Methods take turns, each with the model to itself: it is made anew for every turn, so that memory
-holds one, and figures are medians over all turns' steps. Peak memory is from a turn of its own: of
-CUDA's allocator, or on the CPU by the profiler, of tensors. Running out of memory makes a row. All
-of a model and task is written as soon as it is there.
+of a loop which shows its loss. Methods take turns, each with the model to itself: it is made anew
+for every turn, so that memory holds one, and figures are medians over all turns' steps. Peak memory
+is from a turn of its own: of CUDA's allocator, or on the CPU by the profiler, of tensors. Running
+out of memory makes a row. All of a model and task is written as soon as it is there.
 
 `--quick` takes MiniLM with two layers, two tasks and few steps: it shows that all runs, and is no
 measurement of a whole model. Lengths and batch sizes are in `glue.py`, what is trained in

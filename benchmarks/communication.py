@@ -2,9 +2,9 @@
 
     python benchmarks/communication.py
 
-Nothing here is measured, and this package trains on one device. Assumed: float32 gradients; a ring
-all-reduce, of which each rank sends and receives `2 (n - 1) / n` of the tensor; an all-gather, of
-which it receives what the `n - 1` others hold. Time is bytes over the bandwidth below, without
+Nothing here is measured. Assumed: float32 gradients; a ring all-reduce, of which each rank sends
+and receives `2 (n - 1) / n` of the tensor; an all-gather, of which it receives what the `n - 1`
+others hold, as `sync_sparse_gradients` does. Time is bytes over the bandwidth below, without
 latency and without overlap with the backward pass.
 
 Each rank keeps the k largest entries of its own gradient, so the sets differ and have to be

@@ -5,6 +5,7 @@ from ._backends import Backend, backends
 from ._version import __version__
 from .basis import Basis, fit_basis
 from .config import SparseGradConfig
+from .distributed import sync_sparse_gradients
 from .linear import SparseGradLinear
 from .model import convert, load, merge, save
 from .optim import SparseAdam
@@ -23,4 +24,5 @@ __all__ = [
     "merge",
     "ops",
     "save",
+    "sync_sparse_gradients",
 ]
