@@ -1,6 +1,10 @@
 """Two processes, each with half of the batch, against one with all of it."""
 
 import copy
+import io
+import os
+import sys
+import warnings
 
 import pytest
 import torch
@@ -92,10 +96,15 @@ def _check_mean(rank: int) -> None:
         mean = torch.stack(_everywhere(_dense(alone.delta.grad))).mean(0)
         torch.testing.assert_close(_dense(layer.delta.grad), mean, rtol=0, atol=1e-15)
         assert alone.k < layer.delta.grad._nnz() <= RANKS * alone.k
-    shared.zero_grad()
-    _train(shared, [_mine(batch, rank) for batch in _batches(5)])
-    for tensor in model.state_dict().values():
-        assert torch.equal(*_everywhere(tensor))
+    for n_backwards in (1, 3):  # of which the ranks' entries overlap in other numbers
+        shared.zero_grad()
+        _train(shared, [_mine(batch, rank) for batch in _batches(6)], n_backwards)
+        for tensor in model.state_dict().values():
+            assert torch.equal(*_everywhere(tensor))
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.save(model, buffer)
 
 
 def _check_narrow(rank: int) -> None:
@@ -144,6 +153,11 @@ def _run_all(rank: int, checks, folder: str) -> None:
     for check in checks:
         check(rank)
     dist.destroy_process_group()
+    # Processes with gloo and DistributedDataParallel abort in Python's own end now and then, of
+    # plain linears too (torch 2.13: 7 of 14): there is no such end here.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def test_refuses_without_a_process_group():

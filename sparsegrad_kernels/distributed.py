@@ -58,8 +58,7 @@ def sync_sparse_gradients(model: Model, process_group: dist.ProcessGroup | None 
         param = layer.sparse_parameter
         if hasattr(param, "averaging"):
             param.averaging.remove()
-        handle = param.register_post_accumulate_grad_hook(_Averaging(process_group))
-        param.averaging = handle  # type: ignore[attr-defined]
+        param.averaging = param.register_hook(_Averaging(process_group))  # type: ignore[attr-defined]
         own = "weight" if layer.weight_space == "transformed" else "delta"
         # All ranks' buffers stay alike, or (a threshold) are each rank's own.
         buffers = [buffer_name for buffer_name, _ in layer.named_buffers()]
@@ -97,35 +96,31 @@ def _check_alike(
 
 
 class _Averaging:
-    """What is called with a parameter whose gradient has come."""
+    """What becomes of the gradient of one backward pass, before it is added to others."""
+
+    __torch_unserializable__ = True  # torch.save is to leave it out, without a warning
 
     def __init__(self, process_group: dist.ProcessGroup | None) -> None:
         self.process_group = process_group
 
     @torch.no_grad()
-    def __call__(self, param: Tensor) -> None:
-        grad = param.grad
-        assert grad is not None
-        # As many on each rank: k, or k and those of a mean, where gradients accumulate.
+    def __call__(self, grad: Tensor) -> Tensor:
         n_columns, kind = grad.shape[1], torch.int32 if grad.numel() < 2**31 else torch.int64
         rows, columns = grad._indices()
         linear = self._gather((rows * n_columns + columns).to(kind)).long()
         values = self._gather(grad._values())
         wide = values.to(torch.promote_types(values.dtype, torch.float32))
-        n_ranks = dist.get_world_size(self.process_group)
         indices = torch.stack([linear // n_columns, linear % n_columns])
         mean = torch.sparse_coo_tensor(
-            indices, wide / n_ranks, grad.shape, check_invariants=False
-        ).coalesce()
-        param.grad = torch.sparse_coo_tensor(
-            mean.indices(),
-            mean.values().to(grad.dtype),
+            indices,
+            wide / dist.get_world_size(self.process_group),
             grad.shape,
-            is_coalesced=True,
             check_invariants=False,
         )
+        return mean.coalesce().to(grad.dtype)
 
     def _gather(self, mine: Tensor) -> Tensor:
+        """All ranks' one after another; each has k."""
         n_ranks = dist.get_world_size(self.process_group)
         gathered = mine.new_empty(n_ranks * mine.shape[0])
         dist.all_gather(list(gathered.chunk(n_ranks)), mine.contiguous(), self.process_group)
