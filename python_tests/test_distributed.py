@@ -119,7 +119,11 @@ def _check_narrow(rank: int) -> None:
 
 
 def _check_the_layer_alone(rank: int) -> None:
-    """A model that is a layer, whose parameters have no dots in their names."""
+    """A model that is a layer, whose parameters have no dots in their names; a frozen layer."""
+    frozen = _model(rank, 0.1)
+    frozen[0].delta.requires_grad_(False)
+    _train(DistributedDataParallel(sync_sparse_gradients(frozen)), _batches(2))
+    assert torch.equal(frozen[0].weight, _model(0, 0.1)[0].weight)
     layer = sync_sparse_gradients(_model(rank, 0.1)[0])
     shared = DistributedDataParallel(layer)
     _train(shared, [_mine(batch, rank) for batch in _batches(3)])

@@ -223,6 +223,24 @@ def test_what_is_no_write(generator):
     run(model, [optimizer], batches)
 
 
+def test_a_frozen_layer(generator):
+    """Its delta is kept until it is trained after all, and again no harm is done by freezing it."""
+    model = rotated("full", generator)
+    model.delta.requires_grad_(False)
+    optimizer = SparseAdam(model.parameters(), lr=0.1)
+    batches, before = batches_of(2, generator), model.weight.clone()
+    run(model, [optimizer], batches)
+    assert torch.equal(model.weight, before)
+    model.delta.requires_grad_(True)
+    run(model, [optimizer], batches)
+    assert model.delta.untyped_storage().nbytes() == 4
+    trained = model.weight.clone()
+    assert not torch.equal(trained, before)
+    model.delta.requires_grad_(False)
+    run(model, [optimizer, SparseAdam(copy.deepcopy(model).parameters())], batches)
+    assert torch.equal(model.weight, trained)
+
+
 @pytest.mark.parametrize("way", ["swap", "overwrite"])
 def test_torch_puts_another_parameter_in_its_place(way, generator):
     setting = f"set_{way}_module_params_on_conversion"

@@ -58,7 +58,9 @@ def sync_sparse_gradients(model: Model, process_group: dist.ProcessGroup | None 
         param = layer.sparse_parameter
         if hasattr(param, "averaging"):
             param.averaging.remove()
-        param.averaging = param.register_hook(_Averaging(process_group))  # type: ignore[attr-defined]
+        if param.requires_grad:
+            averaging = _Averaging(process_group)
+            param.averaging = param.register_hook(averaging)  # type: ignore[attr-defined]
         own = "weight" if layer.weight_space == "transformed" else "delta"
         # All ranks' buffers stay alike, or (a threshold) are each rank's own.
         buffers = [buffer_name for buffer_name, _ in layer.named_buffers()]
@@ -81,17 +83,20 @@ def _check_alike(
 ) -> None:
     """Else the ranks would wait for each other, or read what the others did not send."""
     mine = [
-        (name, layer.k, [(tuple(t.shape), str(t.dtype)) for t in _state(layer)])
+        (name, layer.k, [(tuple(t.shape), str(t.dtype)) for t in tensors], param.requires_grad)
         for name, layer in layers.items()
+        for param in [layer.sparse_parameter]
+        for tensors in [(param, *_state(layer))]
     ]
     found: list[object] = [None] * dist.get_world_size(process_group)
     dist.all_gather_object(found, mine, process_group)
     for rank, theirs in enumerate(found):
         if theirs != found[0]:
             raise ValueError(
-                f"model has other SparseGradLinear layers on rank {rank} than on rank 0: names, "
-                "k, shapes and dtypes must be the same. An energy keeps as many basis vectors as "
-                "the batches ask for: fit the basis to the same ones everywhere, or load one file"
+                f"model has other SparseGradLinear layers on rank {rank} than on rank 0: names, k, "
+                "shapes, dtypes and what is trained must be the same. An energy keeps as many "
+                "basis vectors as the batches ask for: fit the basis to the same ones everywhere, "
+                "or load one file"
             )
 
 

@@ -432,14 +432,14 @@ class SparseGradLinear(nn.Module):
     def forgo_delta(self) -> bool:
         """Give the memory of `delta` back, for an optimizer that calls `fold_update` in its step.
 
-        False: there is no `delta`, or a CUDA graph holds its memory.
+        False: there is no `delta`, it is frozen, or a CUDA graph holds its memory.
         """
         delta = self._parameters.get("delta")
         if delta is None:
             return False
         if is_stored(delta):
             self.fold()
-            if self._is_in_graph:
+            if self._is_in_graph or not delta.requires_grad:
                 return False
             _give_back(delta)
         return True
