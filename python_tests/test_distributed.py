@@ -5,6 +5,7 @@ import io
 import os
 import sys
 import warnings
+from datetime import timedelta
 
 import pytest
 import torch
@@ -153,7 +154,8 @@ def test_ranks(checks, tmp_path):
 def _run_all(rank: int, checks, folder: str) -> None:
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
+    limit = timedelta(minutes=2)  # of one exchange
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS, timeout=limit)
     for check in checks:
         check(rank)
     dist.destroy_process_group()

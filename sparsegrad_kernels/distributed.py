@@ -29,7 +29,8 @@ def sync_sparse_gradients(model: Model, process_group: dist.ProcessGroup | None 
 
     In each backward pass the ranks must come through the same layers, or they wait for each other;
     `no_sync()` does not spare this exchange. On a GPU the mean makes the host wait, so that a
-    step cannot be captured in a CUDA graph. A copy of the model does not take part.
+    step cannot be captured in a CUDA graph. A copy of the model does not take part, nor does a
+    layer that is frozen now and trained later: as with `DistributedDataParallel`, freeze first.
 
     Args:
         model: on its device; changed in place, and returned.
